@@ -1,6 +1,6 @@
-"""Loops that run end to end, and the embedded world; installed as ``mteditflow_examples``."""
+"""Training loops that run end to end, and embedded worlds; installed as ``mteditflow_examples``."""
 
 import os
 
-# Its hints about optional packages, at import, would stand beside the one line of a refusal.
+# Suppresses hints about optional packages at import: a refused command must print only one line.
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

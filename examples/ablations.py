@@ -1,9 +1,9 @@
-"""Comparisons in the embedded worlds over seeds, each written into a page of ``docs/``.
+"""Comparisons in the embedded worlds over seeds; each writes a page in ``docs/``.
 
     python examples/ablations.py findings --workers 2      # the paper's, docs/findings.md
     python examples/ablations.py objectives_tries          # hyperparameters of the next one
     python examples/ablations.py objectives --workers 2    # all objectives, docs/objectives.md
-    python examples/ablations.py credit --workers 2        # who is credited, docs/credit.md
+    python examples/ablations.py credit --workers 2        # credit assignment, docs/credit.md
     python examples/ablations.py regions --workers 2       # rewards by region, docs/regions.md
     python examples/ablations.py cost --workers 2          # fewer forward passes, docs/cost.md
     python examples/ablations.py long_chains --workers 2   # twenty turns, docs/long_chains.md
@@ -12,8 +12,8 @@
 
 Settings are in ``findings/``: ``settings.py``, ``objectives.py``, ``credit.py``, ``cost.py``,
 ``long_chains.py``.
-Runs that are there already are kept, and one that was cut off goes on, so it can be stopped and
-started again. The page is written from the seeds that are complete.
+Existing runs are kept and interrupted ones resumed, so the command can be stopped and started
+again. The page includes only seeds for which all settings are complete.
 """
 
 from __future__ import annotations
@@ -68,12 +68,12 @@ def main(
     ],
     short: Annotated[bool, typer.Option("--short", help="Minutes: one seed, few rounds.")] = False,
     workers: Annotated[
-        int, typer.Option(min=0, help="Runs at a time, a thread each; 0: only write the page.")
+        int, typer.Option(min=0, help="Concurrent runs, one thread each; 0: only write the page.")
     ] = 1,
-    runs: Annotated[Path | None, typer.Option(help="Where the runs are kept.")] = None,
-    docs: Annotated[Path | None, typer.Option(help="Where page and figures go.")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Folder of the runs.")] = None,
+    docs: Annotated[Path | None, typer.Option(help="Folder of the page and its figures.")] = None,
 ) -> None:
-    """Run what is missing, then write the page and its figures."""
+    """Run missing settings, then write the page and its figures."""
     runs = runs or Path("runs", study + ("-short" if short else ""))
     tries = FILE if docs is None and not short else (docs or runs) / FILE.name
     docs = docs or (runs if short else Path("docs"))

@@ -1,11 +1,10 @@
-"""Predicted cost of a training run, before it starts and without a GPU.
+"""Predict the cost of a training run, before it starts and without a GPU.
 
     mteditflow budget kontext-nft --memory 24
     mteditflow budget klein-nft --memory 80 --gpus 6 --training.batch 1 --json
 
-Everything after the preset that the trainer takes is taken here, too. The exit code is 0 where the
-run fits as it is configured or with options changed as the report says, 1 where nothing fits, and 2
-for input that is wrong.
+All options of the trainer after the preset are accepted. The exit code is 0 if the run fits, as
+configured or with the changes that the report lists, 1 if nothing fits, and 2 for wrong input.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class Arguments(argparse.ArgumentParser):
     """Parser whose errors take one line."""
 
     def error(self, message: str) -> NoReturn:
-        """End with one line and exit code 2."""
+        """Print one line and exit with code 2."""
         refuse(message)
 
 
@@ -61,11 +60,11 @@ def parser() -> Arguments:
         add_help=False,
     )
     made.add_argument(
-        "--memory", type=float, default=80.0, help="memory of a GPU, GiB as nvidia-smi says it; 80"
+        "--memory", type=float, default=80.0, help="memory of a GPU, GiB as in nvidia-smi; 80"
     )
-    made.add_argument("--gpus", type=int, default=1, help="GPUs that train; 1")
+    made.add_argument("--gpus", type=int, default=1, help="number of training GPUs; 1")
     made.add_argument(
-        "--efficiency", type=float, default=0.4, help="share of a GPU's peak that is assumed; 0.4"
+        "--efficiency", type=float, default=0.4, help="assumed share of a GPU's peak FLOPS; 0.4"
     )
     made.add_argument("--json", action="store_true", help="print JSON, memory in GiB")
     return made
@@ -98,11 +97,11 @@ def budget_of(
     """Return the budget of a configuration of the trainer.
 
     Args:
-        name: its name in the report.
-        config: the configuration.
-        memory: GiB of a GPU.
-        gpus: GPUs that train.
-        efficiency: share of a GPU's peak rate that is assumed.
+        name: name in the report.
+        config: configuration of the trainer.
+        memory: memory of a GPU, GiB.
+        gpus: number of training GPUs.
+        efficiency: assumed share of a GPU's peak FLOPS.
 
     Raises:
         ValueError: a number is out of range, or the model is unknown.
@@ -115,7 +114,7 @@ def budget_of(
 
 
 def trainer_options(config: Config) -> frozenset[str]:
-    """Return the options that a configuration has, by dotted name."""
+    """Return the dotted names of a configuration's fields."""
     return frozenset(
         f"{section.name}.{field.name}"
         for section in fields(config)
@@ -124,11 +123,11 @@ def trainer_options(config: Config) -> frozenset[str]:
 
 
 def plan_of(config: Config, *, gpus: int) -> Plan:
-    """Return what the costs of a configuration depend on.
+    """Return the plan of a configuration: all quantities that its costs depend on.
 
     Args:
-        config: the configuration.
-        gpus: GPUs that train.
+        config: configuration of the trainer.
+        gpus: number of training GPUs.
 
     Raises:
         ValueError: the model is unknown, or a number is out of range.
@@ -142,12 +141,12 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
     sibling = sibling_of(config, known)
     _check_runnable(config, gpus, reads_images=known.behavior.reads_images)
     text = model.options.get("max_sequence_length")
-    guidance = config.sampling.guidance  # training runs the branches that were recorded
+    guidance = config.sampling.guidance  # training replays the recorded guidance branches
     branches = (sibling or known).branches(
         model.guidance if guidance is None else guidance, model.options
     )
     dtype = getattr(torch, model.dtype)
-    references = 1 + (data.history == "original" and data.turns > 1)  # of most turns
+    references = 1 + (data.history == "original" and data.turns > 1)  # turn 1 has one fewer
     if references > 1 and not (known.behavior.one_by_one and known.behavior.reference != "none"):
         raise ValueError(
             f"data.history: expected last for a {known.pipeline}, which takes one reference image "
@@ -197,10 +196,10 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
 
 
 def sibling_of(config: Config, model: Model) -> Model | None:
-    """Return the sibling that samples; None where there is none.
+    """Return the sibling that samples; None: the model samples itself.
 
     Raises:
-        ValueError: it is none of the model, or the weights are to be sharded.
+        ValueError: the model is no sibling, or sharding is configured.
     """
     sampling = config.sampling
     if sampling.few_steps is None:
@@ -219,17 +218,17 @@ def sibling_of(config: Config, model: Model) -> Model | None:
 def sampler_of(
     config: Config, model: Model, shape: Shape, costs: ModelCosts, *, sets: int
 ) -> Sampler | None:
-    """Return what samples for few steps: a sibling, a LoRA, or both; None where there is none.
+    """Return the costs of a few-step sampler: a sibling, a LoRA, or both; None without either.
 
     Args:
-        config: the configuration.
-        model: the model in training.
-        shape: of a row.
-        costs: of the model; a sibling's transformer is one of the same configuration.
-        sets: sets of adapters on the sibling; 0: there is none.
+        config: configuration of the trainer.
+        model: the trained model.
+        shape: shape of a row.
+        costs: costs of the model; a sibling's transformer has the same configuration.
+        sets: sets of adapters on the sibling; 0: no sibling.
 
     Raises:
-        ValueError: the LoRA is none of the transformer.
+        ValueError: the file is not a LoRA of the transformer.
     """
     sampling = config.sampling
     if sampling.few_steps is None:
@@ -240,17 +239,17 @@ def sampler_of(
     if sampling.lora is not None:
         with _named("sampling.lora"):
             lora = count_lora(model, sampling.lora)
-    # Two operations a weight and token; layers that see image or text alone make it fewer.
+    # 2 FLOPs per weight and token; an upper bound, since some layers process only image or text.
     forward = 2.0 * lora * (shape.image_tokens + shape.text)
     return Sampler(costs.row if sets else None, sets, lora, forward)
 
 
 @contextmanager
 def _named(option: str) -> Iterator[None]:
-    """Let an error begin with the option that it is about.
+    """Prefix errors raised inside the block with an option's name.
 
     Raises:
-        ValueError: what is inside raised one, or an ``OSError``.
+        ValueError: the block raised ``ValueError`` or ``OSError``.
     """
     try:
         yield
@@ -259,10 +258,10 @@ def _named(option: str) -> Iterator[None]:
 
 
 def _check_runnable(config: Config, gpus: int, *, reads_images: bool) -> None:
-    """Refuse what the trainer refuses on so many GPUs, and sizes that no card has room for.
+    """Refuse configurations that the trainer refuses on ``gpus`` GPUs, and absurd resolutions.
 
     Raises:
-        ValueError: an option does not go with another, or with the GPUs.
+        ValueError: an option conflicts with another, or with the number of GPUs.
     """
     from mteditflow_examples.flux.sharding import check_sharding
 
@@ -285,10 +284,10 @@ def _check_runnable(config: Config, gpus: int, *, reads_images: bool) -> None:
 
 
 def passes_of(config: Config) -> Passes:
-    """Count the rows of an update in the last round, where the old policy has its own weights.
+    """Count forward and backward passes in the last round, where old and current policy differ.
 
     Raises:
-        ValueError: the objective refuses the numbers of the configuration.
+        ValueError: the objective does not accept the configuration's numbers.
     """
     from mteditflow.budget import count_passes
 
@@ -304,15 +303,15 @@ def passes_of(config: Config) -> Passes:
 
 
 def techniques(config: Config, plan: Plan) -> dict[str, float]:
-    """Return what options that change the gradient would make of a trajectory, in units of F.
+    """Return the cost of a trajectory under cheaper options that change the gradient.
 
     Args:
-        config: the configuration.
+        config: configuration of the trainer.
         plan: its plan.
 
     Returns:
-        F a trajectory by the option with its value; those alone that the configuration can take
-        and that lower it.
+        Cost in units of F, one forward pass of a row, by option and value; only options that the
+        configuration accepts and that lower the cost.
     """
     from mteditflow.budget import work
 
@@ -324,7 +323,7 @@ def techniques(config: Config, plan: Plan) -> dict[str, float]:
         try:
             changed = replace(config, **{section: replace(part, **{name: value})})
             passes = passes_of(changed)
-        except ValueError:  # it goes with no other value of the configuration
+        except ValueError:  # the value conflicts with others of the configuration
             continue
         cost = work(replace(plan, passes=passes, steps=changed.sampling.steps)).in_forwards
         if cost < given:

@@ -1,4 +1,4 @@
-"""The demo: write the world of pictures, then train its tiny editor with the trainer of FLUX.
+"""The demo: write the world of pictures, then train its tiny FLUX editor.
 
 python examples/demo.py --objective grpo --seed 1
 """
@@ -53,10 +53,10 @@ def main(
 
 
 def point_to_pictures(folder: Path) -> None:
-    """Print which pictures of a run to open; a run that a signal ended has none.
+    """Print the paths of a run's pictures; a run stopped by a signal has none.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
     """
     pictures = {
         "chains.png": "held-out chains before and after training",

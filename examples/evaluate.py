@@ -1,15 +1,15 @@
-"""Score any editor on chains of edits: make the images, judge every turn, report with intervals.
+"""Evaluate any editor on chains of edits: make images, score every turn, report with intervals.
 
     python examples/evaluate.py run chains.jsonl --editor black-forest-labs/FLUX.1-Kontext-dev \
         --judge http://127.0.0.1:8000/v1 --model Qwen/Qwen3-VL-8B-Instruct --output runs/kontext
     python examples/evaluate.py compare runs/kontext runs/kontext-lora
     python examples/evaluate.py lme lme_bench.json edited --judge ... --model ...
 
-The same command goes on where it was stopped: images that are there are not made again, answers
-that came are not asked for again. ``accelerate launch`` spreads the chains over ranks.
+The same command resumes an interrupted run: existing images are not made again, and stored answers
+are not requested again. ``accelerate launch`` distributes the chains over ranks.
 
-``--scorer module:name`` names a class of your own, whose module may lie in the current folder:
-docs/evaluation.md, "A scorer of your own", has one of ten lines.
+``--scorer module:name`` is a custom scorer class; its module may be in the current folder. See
+docs/evaluation.md, "A scorer of your own", for an example of ten lines.
 """
 
 from __future__ import annotations
@@ -77,74 +77,87 @@ Gallery = Annotated[int, typer.Option(min=0, help="Most chains on the gallery pa
 def run(
     context: typer.Context,
     chains: Annotated[Path, typer.Argument(help="File of chains, in any supported format.")],
-    editor: Annotated[str | None, typer.Option(help="Edit pipeline, path or hub id.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of images already made.")] = None,
-    output: Annotated[Path, typer.Option(help="Folder of all that is made.")] = Path("runs/edits"),
-    title: Annotated[str | None, typer.Option(help="Name in reports; else the editor's.")] = None,
+    editor: Annotated[str | None, typer.Option(help="Editing pipeline, path or Hub id.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of existing images.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder of all output.")] = Path("runs/edits"),
+    title: Annotated[
+        str | None, typer.Option(help="Name in reports. Default: the editor's.")
+    ] = None,
     turns: Annotated[
-        int | None, typer.Option(min=1, help="At most; longer chains are cut.")
+        int | None, typer.Option(min=1, help="Most turns; longer chains are cut.")
     ] = None,
     references: Annotated[Path | None, typer.Option(help="Folder of the references.")] = None,
     allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="References may lie outside their folder.")
+        bool, typer.Option("--allow-outside", help="Allow references outside their folder.")
     ] = False,
     lora: Annotated[str | None, typer.Option(help="LoRA in diffusers format.")] = None,
-    call: Annotated[list[str] | None, typer.Option(help="key=value of each call.")] = None,
+    call: Annotated[
+        list[str] | None, typer.Option(help="key=value, argument of each pipeline call.")
+    ] = None,
     resolution: Annotated[
-        int | None, typer.Option(min=1, help="Square to fit into; none: own shape.")
+        int | None,
+        typer.Option(min=1, help="Side of the square for references, pixels. Default: own shape."),
     ] = None,
     dtype: Annotated[
-        Literal["bfloat16", "float32"], typer.Option(help="Of the editor's weights.")
+        Literal["bfloat16", "float32"], typer.Option(help="Dtype of the editor's weights.")
     ] = "bfloat16",
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
     history: Annotated[
         Literal["last", "original"],
-        typer.Option(help="Images that later turns see, unless chains have references."),
+        typer.Option(help="Input images of later turns, unless chains have references."),
     ] = "last",
     batch: Annotated[int, typer.Option(min=1, help="Chains edited at once, per rank.")] = 8,
-    judge: Annotated[list[str] | None, typer.Option(help="URL ending in /v1.")] = None,
-    model: Annotated[str, typer.Option(help="Name that the judge is known by.")] = "",
+    judge: Annotated[list[str] | None, typer.Option(help="Judge's URL, ending in /v1.")] = None,
+    model: Annotated[str, typer.Option(help="Model name sent to the judge.")] = "",
     scale: Annotated[
         Literal["binary", "likert"] | None,
-        typer.Option(help="0 or 1, or 1 to 5. Default: binary; of a scorer what it declares."),
+        typer.Option(help="0 or 1, or 1 to 5. Default: binary; for a scorer its own scale."),
     ] = None,
     success: Annotated[
         float | None,
-        typer.Option(help="Score from which on a turn was followed. Default: that of the scale."),
+        typer.Option(help="Score from which a turn counts as followed. Default: the scale's."),
     ] = None,
-    thinking: Annotated[bool, typer.Option(help="Let the judge analyze first.")] = True,
+    thinking: Annotated[bool, typer.Option(help="Ask the judge for an analysis first.")] = True,
     answer_tokens: AnswerTokens = None,
     reasoning_tokens: ReasoningTokens = 0,
     chat_template_kwargs: ChatTemplateKwargs = None,
     extra_body: ExtraBody = None,
     checks: Annotated[
-        Literal["question", "edival"], typer.Option(help="edival: by edit type.")
+        Literal["question", "edival"],
+        typer.Option(help="Check of success: a judge's question, or edival, by edit type."),
     ] = "question",
-    detector: Annotated[str | None, typer.Option(help="Grounding DINO, path or hub id.")] = None,
-    ocr: Annotated[bool, typer.Option(help="Text edits: read by rapidocr, not the judge.")] = False,
-    consistency: Annotated[list[str] | None, typer.Option(help="URL ending in /v1.")] = None,
+    detector: Annotated[
+        str | None, typer.Option(help="Grounding DINO for edival, path or Hub id.")
+    ] = None,
+    ocr: Annotated[
+        bool, typer.Option(help="Read text edits by rapidocr instead of the judge.")
+    ] = False,
+    consistency: Annotated[
+        list[str] | None, typer.Option(help="Consistency server's URL, ending in /v1.")
+    ] = None,
     terms: Annotated[
-        Literal["features", "l1"], typer.Option(help="What consistency compares.")
+        Literal["features", "l1"], typer.Option(help="Consistency measure.")
     ] = "features",
     scorer: Annotated[
         str | None,
-        typer.Option(help="module:name of your own class in place of both."),
+        typer.Option(help="Custom scorer module:name, in place of both services."),
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 64,
-    preference: Annotated[str | None, typer.Option(help="PickScore, path or hub id.")] = None,
+    preference: Annotated[str | None, typer.Option(help="PickScore, path or Hub id.")] = None,
     destroyed_below: Annotated[
         float | None,
         typer.Option(
-            help="Consistency with the original below which a turn is destroyed, for the collapse "
-            "rate CR. Default: none, so no CR unless the scorer flags destroyed turns."
+            help="Consistency with the original below which a turn counts as destroyed, for the "
+            "collapse rate CR. Default: no CR unless the scorer flags destroyed turns."
         ),
     ] = None,
     max_invalid: Annotated[
-        float, typer.Option(min=0, max=1, help="Share left out or lost that is an error.")
+        float,
+        typer.Option(min=0, max=1, help="Share of lost chains above which the exit code is 1."),
     ] = 0.2,
     shown: Gallery = 200,
 ) -> None:
-    """Make images of chains, or take those of a folder, score them, and write a report."""
+    """Make images of chains, or read them from a folder, score them, and write a report."""
     from accelerate import PartialState
 
     with refusing_options(), ExitStack() as stack:
@@ -183,7 +196,7 @@ def run(
         maker = MadeBy(images=str(made.folder), resolution=resolution)
 
         def settings() -> Settings:
-            """Settings with what servers and hubs can say by now, and what the folder knows."""
+            """Return the settings, with identities known by now from servers, Hub and folder."""
             return Settings(
                 images="images" if images is None else str(made.folder),
                 chains=hashlib.sha256(chains.read_bytes()).hexdigest(),
@@ -194,6 +207,7 @@ def run(
         cache = output / "answers.sqlite"
         if state.is_main_process:
             require_or_answers(partial(require_services, rewards, images=2), cache)
+        # Settings are computed twice: a server may not return its identity until it has worked.
         first = settings()
         missing = made.missing(asked, state) if edits else []
         if edits and missing:
@@ -242,10 +256,10 @@ def run(
 
 
 def _rewards(**options: Any) -> Rewards:
-    """Return who scores.
+    """Return the configuration of scoring.
 
     Raises:
-        ValueError: there is nobody, or a scorer beside services.
+        ValueError: neither a judge nor a scorer is given, or a scorer in addition to services.
     """
     rewards = Rewards(**options)
     if rewards.scorer is None and not (rewards.judge and rewards.judge_model):
@@ -258,11 +272,11 @@ def _rewards(**options: Any) -> Rewards:
 def _usable(
     file: Path, references: Path | None, turns: int | None, rewards: Rewards, allow_outside: bool
 ) -> tuple[Reading, list[Chain]]:
-    """Read a file of chains, and cut its usable ones to their first turns.
+    """Read a file of chains, and cut the usable ones to their first turns.
 
     Raises:
-        ValueError: there is none, or one names no objects that consistency needs.
-        OSError: the machine is at fault.
+        ValueError: no chain is usable, or one lacks the objects that consistency needs.
+        OSError: reading fails for a reason other than the file's content.
     """
     with naming_argument("CHAINS", ChainError):
         reading = read_chains(
@@ -283,22 +297,22 @@ def _usable(
 @app.command()
 def compare(
     before: Annotated[Path, typer.Argument(help="Output folder of a run.")],
-    after: Annotated[Path, typer.Argument(help="Of another, on the same chains.")],
+    after: Annotated[Path, typer.Argument(help="Output folder of another, on the same chains.")],
     output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("runs/compared"),
     across_judges: Annotated[
         bool,
-        typer.Option("--across-judges", help="Compare scores of different judges all the same."),
+        typer.Option("--across-judges", help="Compare even scores of different judges."),
     ] = False,
     shown: Gallery = 50,
 ) -> None:
-    """Compare two runs chain by chain: differences with intervals, and who changed most."""
+    """Compare two runs chain by chain: differences with intervals, and the largest changes."""
     with refusing_options():
         require_folder("--output", output)
         if (output / EVALUATION).exists():
             raise ValueError(f"--output: expected a folder without an evaluation, got {output}")
         runs = [_finished("BEFORE", before), _finished("AFTER", after)]
         chains, left_out = _common(*runs)
-        if runs[0].report.title == runs[1].report.title:  # as of two scorers of the same images
+        if runs[0].report.title == runs[1].report.title:  # such as two scorers of the same images
             for run in runs:
                 name = f"{run.report.title} ({run.folder})"
                 run.report = run.report.model_copy(update={"title": name})
@@ -322,16 +336,16 @@ def compare(
 
 
 def _finished(argument: str, folder: Path) -> Finished:
-    """Read an evaluation back; errors name the argument."""
+    """Read an evaluation from its folder; errors start with the argument's name."""
     with naming_argument(argument, ValueError):
         return Finished(folder)
 
 
 def _common(before: Finished, after: Finished) -> tuple[list[Chain], dict[str, str]]:
-    """Chains of both runs, and the ids of the others with the reason.
+    """Return the chains of both runs, and the ids of all others with the reason.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no chain is common, or common chains differ in turns or edit types.
     """
     here, there = ({chain.id for chain in run.chains} for run in (before, after))
     chains = [chain for chain in before.chains if chain.id in there]

@@ -1,11 +1,11 @@
-"""Score a folder of single edits on ImgEdit-Bench or GEdit-Bench, by a judge over HTTP.
+"""Score single edits on ImgEdit-Bench or GEdit-Bench by a judge over HTTP.
 
     python examples/evaluate_single_turn.py imgedit basic_edit.json edited \
         --judge http://127.0.0.1:8000/v1 --model Qwen/Qwen3-VL-8B-Instruct
     python examples/evaluate_single_turn.py gedit manifest.jsonl edited --judge ... --model ...
 
-What is bad or lost on the way stays out of the averages, is named and counted, and what was lost is
-asked for again, alone, by the same command.
+Invalid items and lost scores are listed, counted, and left out of the averages; the same command
+requests only lost scores again.
 """
 
 from __future__ import annotations
@@ -71,20 +71,21 @@ app = typer.Typer(
 )
 
 File = Annotated[Path, typer.Argument(help="File of the benchmark.")]
-Edited = Annotated[Path, typer.Argument(help="Folder of what an editor made.")]
+Edited = Annotated[Path, typer.Argument(help="Folder of an editor's images.")]
 Judges = Annotated[
     list[str], typer.Option("--judge", help="URL that ends in /v1; may be repeated.")
 ]
-Model = Annotated[str, typer.Option(help="Name that the judge is known by.")]
-Output = Annotated[Path, typer.Option(help="Where reports and the cache of answers go.")]
+Model = Annotated[str, typer.Option(help="Model name sent to the judge.")]
+Output = Annotated[Path, typer.Option(help="Folder of reports and the cache of answers.")]
 Patience = Annotated[
-    float, typer.Option(min=0, help="Longest wait for a judge that is down to come back, s.")
+    float, typer.Option(min=0, help="Longest wait for an unreachable judge, seconds.")
 ]
 MaxInvalid = Annotated[
-    float, typer.Option(min=0, max=1, help="Share of items without a score that is an error.")
+    float,
+    typer.Option(min=0, max=1, help="Share of items without a score above which exit code is 1."),
 ]
 Outside = Annotated[
-    bool, typer.Option("--allow-outside", help="Images before may lie outside their folder.")
+    bool, typer.Option("--allow-outside", help="Allow source images outside their folder.")
 ]
 FEW = f"* over fewer than {FEW_CASES}"
 DEFAULT_OUTPUT = Path("runs/single_turn")
@@ -94,7 +95,7 @@ DEFAULT_OUTPUT = Path("runs/single_turn")
 class Run:
     """One benchmark, read and scored."""
 
-    name: str  # of the report's files
+    name: str  # stem of the report's files
     reading: ItemReading
     found: ItemScores
     report: BenchmarkReport
@@ -113,7 +114,7 @@ def imgedit(
     edited: Edited,
     judge: Judges,
     model: Model,
-    images: Annotated[Path | None, typer.Option(help="Folder of the images before.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the source images.")] = None,
     allow_outside: Outside = False,
     output: Output = DEFAULT_OUTPUT,
     answer_tokens: AnswerTokens = None,
@@ -160,7 +161,7 @@ def gedit(
 
 
 class Benchmark(NamedTuple):
-    """How a benchmark is scored, and the rubrics that the judge is shown."""
+    """Scoring function, report function and judge rubrics of a benchmark."""
 
     score: Callable[..., Awaitable[ItemScores]]
     report: Callable[[ItemScores], BenchmarkReport]
@@ -169,7 +170,7 @@ class Benchmark(NamedTuple):
     def judged_by(
         self, judges: Sequence[str], model: str, key: str | None, request: RequestOptions
     ) -> JudgedBy:
-        """Return who judges, for the record."""
+        """Return the provenance of the scores; queries the judge for its identity."""
         asked = [x.request("Instruction A", ["image:0", "image:1"]) for x in self.rubrics]
         low, high = self.rubrics[0].low, self.rubrics[0].high
         return JudgedBy(
@@ -193,13 +194,13 @@ def _runs(
     request: RequestOptions,
     stack: ExitStack,
 ) -> list[Run]:
-    """Score readings by name; accepted answers stay in the output folder.
+    """Score readings by name; accepted answers are stored in the output folder.
 
-    Once all is in order, the folder is locked, and what fails is no refusal, until ``stack`` is
-    closed.
+    After all checks, the folder is locked, and errors exit with code 1 instead of 2, until
+    ``stack`` is closed.
 
     Raises:
-        ValueError: one has no item or no image, a URL is not usable, or the folder holds scores of
+        ValueError: a reading has no item or no image, a URL is invalid, the folder has scores by
             another judge, or the judge does not answer.
     """
     key = read_secret("OPENAI_API_KEY")
@@ -221,7 +222,7 @@ def _runs(
             score = partial(benchmark.score, progress=Console().is_terminal)
             found = anyio.run(score, client, reading.items)
             runs.append(Run(name, reading, found, benchmark.report(found), judge))
-    now = agreed(judge, ask())  # what it could not say before
+    now = agreed(judge, ask())  # the judge may return its identity only after it has started
     return [replace(run, judged_by=now) for run in runs]
 
 
@@ -232,7 +233,7 @@ def _require_judge(judges: list[str], model: str, key: str | None, request: Requ
 
 
 def _require_items(reading: ItemReading) -> None:
-    """Raise ValueError unless there is an item with both images."""
+    """Raise ValueError unless at least one item has both images."""
     if not reading.items:
         raise ValueError("; ".join(["expected at least one item, got none", *reading.skipped[:3]]))
     first = reading.items[0]
@@ -244,7 +245,7 @@ def _require_items(reading: ItemReading) -> None:
 
 
 def readable(path: Path) -> bool:
-    """Whether a file begins like an image."""
+    """Whether a file exists and has a valid image header."""
     try:
         check_image(path)
         return True
@@ -253,9 +254,13 @@ def readable(path: Path) -> bool:
 
 
 def _finish(runs: list[Run], output: Path, max_invalid: float) -> None:
-    """Print and write the reports; end with 1 if too much is invalid."""
+    """Write and print the reports.
+
+    Raises:
+        typer.Exit: code 1 if more than ``max_invalid`` of the entries have no score.
+    """
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
-    for run in runs:  # before anything is printed, whose reader may leave
+    for run in runs:  # write before printing: stdout may be a closed pipe
         path = output / f"{run.name}.json"
         write_atomically(path, json.dumps(details(run), indent=1, allow_nan=False).encode())
         write_atomically(path.with_suffix(".md"), markdown(run).encode())
@@ -283,14 +288,14 @@ def _finish(runs: list[Run], output: Path, max_invalid: float) -> None:
 
 
 def left_out(run: Run) -> list[str]:
-    """Name everything that has no score, with its reason."""
+    """Return one line per entry without a score, with its reason."""
     missing = [f"{key}: {why}" for key, why in run.found.missing.items()]
     lost = [f"{key}: {why}" for key, why in run.found.lost.items()]
     return [escape_controls(line) for line in (*run.reading.skipped, *missing, *lost)]
 
 
 def rows(run: Run) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table: one for each group, and Overall."""
+    """Return header and rows of the table: one row per group, and Overall."""
     groups = {**run.report.groups, "Overall": run.report.overall}
     names = list(run.report.overall.metrics)
     body = [
@@ -301,12 +306,12 @@ def rows(run: Run) -> tuple[list[str], list[list[str]]]:
 
 
 def invalid(group: Group) -> list[str]:
-    """Denominator of a row, and what is not in it."""
+    """Return the numbers of scored, lost and missing items of a row."""
     return [str(count) for count in (group.scored, group.lost, group.missing)]
 
 
 def cell(group: Group, metric: str) -> str:
-    """An estimate with its interval; an asterisk marks few items."""
+    """Return an estimate with its interval as text; an asterisk marks few items."""
     value = group.metrics[metric]
     if value.estimate is None:
         return "none"
@@ -315,7 +320,7 @@ def cell(group: Group, metric: str) -> str:
 
 
 def table(run: Run) -> Table:
-    """For the terminal."""
+    """Return the table for the terminal."""
     head, body = rows(run)
     title = f"{run.report.benchmark} ({run.name}) [95% interval over items; {FEW}]"
     shown = Table(title=escape_markup(title))
@@ -327,7 +332,7 @@ def table(run: Run) -> Table:
 
 
 def markdown(run: Run) -> str:
-    """Write the table with what it leaves out."""
+    """Return the report as Markdown, with a list of what is left out."""
     head, body = rows(run)
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     missing = run.report.absent_groups
@@ -343,7 +348,7 @@ def markdown(run: Run) -> str:
 
 
 def details(run: Run) -> dict[str, Any]:
-    """The report, and every item's scores or why there are none."""
+    """Return the report with every item's scores, or the reason for their absence, for JSON."""
     return {
         "judged_by": run.judged_by.model_dump(),
         "report": run.report.model_dump(),

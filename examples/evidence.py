@@ -2,8 +2,8 @@
 
     python examples/evidence.py
 
-Runs that are already there are kept, and one that was cut off goes on, so it can be stopped and
-started again.
+Existing runs are kept and interrupted ones resumed, so the command can be stopped and started
+again.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Kind:
-    """How the trainer is run."""
+    """Preset and options of a trainer run."""
 
     preset: str
     options: tuple[str, ...] = ()
 
     @property
     def family(self) -> Family:
-        """Which tiny editor is trained."""
+        """Family of the trained tiny editor."""
         return Family.klein if "klein" in self.preset else Family.kontext
 
     @property
     def rounds(self) -> int:
-        """How many there are."""
+        """Number of training rounds."""
         return parse([self.preset]).training.rounds
 
 
@@ -65,17 +65,17 @@ TITLES = {
     "klein-nft": "DiffusionNFT, klein: preset `shapes-klein-nft`",
     "klein-grpo": "Flow-GRPO, klein under guidance 4: preset `shapes-klein-grpo`",
 }
-COUNTS = {Family.kontext: (480, 512), Family.klein: (240, 128)}  # to train on, and held out
-SHOWN = ("nft", "grpo", "klein-grpo")  # whose pictures go into the page
+COUNTS = {Family.kontext: (480, 512), Family.klein: (240, 128)}  # training, held-out chains
+SHOWN = ("nft", "grpo", "klein-grpo")  # kinds with pictures on the page
 
 
 def main(
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
-    runs: Annotated[Path, typer.Option(help="Where the runs are kept.")] = Path("runs/evidence"),
-    docs: Annotated[Path, typer.Option(help="Where evidence.md and figures go.")] = Path("docs"),
-    workers: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/evidence"),
+    docs: Annotated[Path, typer.Option(help="Folder of evidence.md and figures.")] = Path("docs"),
+    workers: Annotated[int, typer.Option(min=1, help="Concurrent runs; they share the cores.")] = 1,
 ) -> None:
-    """Run what is missing, then write the tables and figures."""
+    """Run missing seeds, then write the tables and figures."""
     with refusing():
         numbers = seeds_of(seeds)
         require_folder("runs", runs)
@@ -93,10 +93,10 @@ def main(
 
 
 def seeds_of(text: str) -> list[int]:
-    """Return different seeds, which are separated by commas.
+    """Parse distinct seeds separated by commas.
 
     Raises:
-        ValueError: one is no integer from 0 on, or is given twice.
+        ValueError: a seed is not an integer >= 0, or is repeated.
     """
     try:
         seeds = [int(seed) for seed in text.split(",")]
@@ -110,18 +110,18 @@ def seeds_of(text: str) -> list[int]:
 
 
 def folder(runs: Path, kind: str, seed: int) -> Path:
-    """Where a run is kept."""
+    """Return the folder of a run."""
     return runs / f"{kind}-{seed}"
 
 
 def run_all(
     kinds: Mapping[str, Kind], seeds: Sequence[int], runs: Path, workers: int
 ) -> dict[tuple[str, int], dict[str, Any]]:
-    """Run every kind with every seed, some at a time; return the reports by both."""
+    """Run every kind with every seed, ``workers`` at a time; return reports by (kind, seed)."""
     worlds = {(kind.family, seed) for kind in kinds.values() for seed in seeds}
     for family, seed in sorted(worlds):
         world = world_of(runs, family, seed)
-        if not (world / "held_out.jsonl").exists():  # what is written last
+        if not (world / "held_out.jsonl").exists():  # written last, so all else is complete
             write_world(world, family, seed=seed, counts=COUNTS[family], turns=3)
     jobs = [(name, seed) for name in kinds for seed in seeds]
     with ThreadPoolExecutor(workers) as pool:
@@ -130,12 +130,17 @@ def run_all(
 
 
 def world_of(runs: Path, family: Family, seed: int) -> Path:
-    """Where an editor and the chains of a seed are kept."""
+    """Return the folder of a seed's editor and chains."""
     return runs / f"world-{family.value}-{seed}"
 
 
 def run(kind: Kind, name: str, seed: int, runs: Path, workers: int) -> dict[str, Any]:
-    """Train in a process of its own, unless the report is there; return the report."""
+    """Train in a subprocess unless the report exists; return the report.
+
+    Raises:
+        RuntimeError: the trainer failed.
+        ValueError: the existing report has another seed or number of rounds.
+    """
     output, world = folder(runs, name, seed), world_of(runs, kind.family, seed)
     path = output / "report.json"
     if not path.exists():
@@ -193,7 +198,7 @@ def document(reports: dict[tuple[str, int], dict[str, Any]]) -> str:
 
 
 def made_with(reports: Mapping[tuple[str, int], dict[str, Any]]) -> list[str]:
-    """When and with what."""
+    """Return lines with the dates and package versions of the runs."""
     some = next(iter(reports.values()))
     versions = ", ".join(f"{name} {value}" for name, value in some["versions"].items())
     dates = sorted({report["date"] for report in reports.values()})
@@ -278,7 +283,7 @@ def scale(name: str) -> int:
 
 
 def cell(summary: dict[str, list], name: str) -> str:
-    """A metric at the last turn with its interval."""
+    """Return a metric at the last turn with its interval, as text."""
     value, ends = summary[name][-1], summary[f"{name}_interval"][-1]
     if None in ends:
         return f"{value:.1f} (no interval)"
@@ -287,7 +292,7 @@ def cell(summary: dict[str, list], name: str) -> str:
 
 
 def signed(gain: dict[str, Any], name: str, *, factor: int = 1) -> str:
-    """A paired difference with its interval, times ``factor``."""
+    """Return a paired difference with its interval, times ``factor``, as text."""
     if gain[name] is None:
         return "none"
     value, ends = gain[name], gain[f"{name}_interval"]

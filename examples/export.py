@@ -1,4 +1,4 @@
-"""Export the LoRA of a run for diffusers or ComfyUI, with a model card beside it.
+"""Export the LoRA of a run for diffusers or ComfyUI, with a model card.
 
 python examples/export.py runs/kontext-nft --format comfyui --output release/edits.safetensors
 """
@@ -26,16 +26,16 @@ LORA = Path("lora", "pytorch_lora_weights.safetensors")  # in a checkpoint
 @app.command(cls=OneLineCommand)
 def main(
     source: Annotated[
-        Path, typer.Argument(help="Folder of a run, for its newest checkpoint, or of a checkpoint.")
+        Path, typer.Argument(help="Folder of a run (its newest checkpoint), or of a checkpoint.")
     ],
     output: Annotated[
-        Path, typer.Option(help="File to write, .safetensors; README.md goes beside it.")
+        Path, typer.Option(help="File to write, .safetensors; README.md goes next to it.")
     ],
     form: Annotated[
         Literal["diffusers", "comfyui"], typer.Option("--format", help="Names of the weights.")
     ] = "diffusers",
 ) -> None:
-    """Write the evaluated policy of a checkpoint as a LoRA, and a card of what was measured."""
+    """Write the evaluated policy of a checkpoint as a LoRA, and a model card."""
     from mteditflow_examples.flux.card import Exported, model_card
 
     with refusing():
@@ -52,11 +52,11 @@ def main(
 
 
 def _check_output(output: Path) -> None:
-    """Raise unless the files can be written without losing others.
+    """Raise unless the files can be written without overwriting unrelated ones.
 
     Raises:
-        ValueError: the name is of another kind, the folder is a checkpoint's, or files of others
-            lie there.
+        ValueError: the suffix is another, the folder is inside a checkpoint, or it has files of
+            these names that no export wrote.
     """
     from mteditflow_examples.flux.card import MARK
 
@@ -77,11 +77,11 @@ def _check_output(output: Path) -> None:
 
 
 def _checkpoint(source: Path) -> Checkpoint:
-    """Return a checkpoint by its folder, or the newest whole one of a run.
+    """Return a checkpoint by its folder, or the newest intact one of a run.
 
     Raises:
-        ValueError: there is none.
-        OSError: it cannot be read.
+        ValueError: there is no checkpoint with a LoRA.
+        OSError: the checkpoint cannot be read.
     """
     from mteditflow.training import Checkpoints
 
@@ -95,10 +95,10 @@ def _checkpoint(source: Path) -> Checkpoint:
 
 
 def _comfyui(config: dict[str, dict[str, str]], lora: Path) -> bytes:
-    """Return the weights of a file under ComfyUI's names.
+    """Return a LoRA file's weights as safetensors bytes under ComfyUI's names.
 
     Raises:
-        ValueError: the family, or a layer of it, has no exact form.
+        ValueError: the family, or one of its layers, has no exact ComfyUI equivalent.
     """
     import diffusers
     from safetensors.torch import save

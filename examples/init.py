@@ -1,4 +1,4 @@
-"""Copy the trainer's files into a folder of the user, where they run and can be edited.
+"""Copy the trainer's files into a folder, to run and edit them there.
 
 mteditflow init trainer my_trainer && cd my_trainer && python train.py --help
 """
@@ -22,7 +22,7 @@ app = typer.Typer(
 SOURCE = Path(__file__).parent
 SCRIPTS = {"train_flux.py": "train.py", "self_distillation.py": "distill.py"}
 PACKAGE = ("flux", "trainer")
-# Longest first: one spelling is a part of another.
+# Longest first, since some names contain others.
 RENAMED = (
     (f"mteditflow_examples.{PACKAGE[0]}", PACKAGE[1]),
     (f"examples/{PACKAGE[0]}/", f"{PACKAGE[1]}/"),
@@ -35,8 +35,8 @@ README = """\
 # Trainer
 
 Copied from mteditflow {version} by `mteditflow init trainer`. The files are yours: the commands
-below run what lies here, and nothing of the package `mteditflow_examples.flux`. Run them in this
-folder.
+below run the files in this folder, not those of the package `mteditflow_examples.flux`. Run them in
+this folder.
 
 ```bash
 python train.py --help                          # presets, objectives, sections
@@ -55,7 +55,7 @@ python train.py shapes-nft --training.rounds 2
 | to change | edit |
 |---|---|
 | the steps of a round | `train.py`; `distill.py` is the loop without rewards |
-| hyperparameters | `trainer/presets/`, or a file of your own: `python train.py mine.toml` |
+| hyperparameters | `trainer/presets/`, or your own file: `python train.py mine.toml` |
 | devices and nodes | `trainer/launch/` |
 | an option, its default, its checks | `trainer/config.py`, `trainer/soundness.py` |
 | rewards and advantages | `trainer/scorers.py`, `trainer/rewards.py` |
@@ -63,8 +63,8 @@ python train.py shapes-nft --training.rounds 2
 | updates | `trainer/updating.py`, `trainer/optimizer.py` |
 | log, pictures, evaluation | `trainer/reporting.py`, `trainer/held_out.py` |
 
-`mteditflow export` and `mteditflow evaluate` work on the runs of this folder as on any other, as
-long as `trainer/config.py` keeps the fields that it came with.
+`mteditflow export` and `mteditflow evaluate` work on runs of this trainer, as long as
+`trainer/config.py` keeps its original fields.
 
 These files use private modules of mteditflow (`mteditflow._exits` and others), so pin
 `mteditflow=={version}`. After an upgrade, compare with a fresh copy:
@@ -91,14 +91,14 @@ def copy_trainer(folder: Path) -> list[str]:
     """Write the trainer's files to a folder: all of them, or none.
 
     Args:
-        folder: new or empty; folders above it are made if need be.
+        folder: new or empty folder; missing parents are created.
 
     Returns:
-        The names of what lies in the folder then, sorted.
+        Sorted names of the files and folders written.
 
     Raises:
-        ValueError: a file is in the folder's place, or the folder holds anything.
-        OSError: a file cannot be written; the folder is then as it was.
+        ValueError: the folder is a file, or not empty.
+        OSError: a file cannot be written; the folder is then unchanged.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -126,7 +126,7 @@ def copy_trainer(folder: Path) -> list[str]:
 
 
 def _sources() -> Iterator[tuple[str, Path]]:
-    """Return the name in the copy and the file of everything that is copied."""
+    """Yield name in the copy and source path of every file to copy."""
     for old, new in SCRIPTS.items():
         yield new, SOURCE / old
     package = SOURCE / PACKAGE[0]
@@ -136,19 +136,19 @@ def _sources() -> Iterator[tuple[str, Path]]:
 
 
 def _renamed(text: str) -> str:
-    """Return a file's text with the names that modules and files have in the copy."""
+    """Return a file's text with modules and files renamed as in the copy."""
     for old, new in RENAMED:
         text = text.replace(old, new)
     return text
 
 
 def _remove_empty(folder: Path, there: list[Path]) -> None:
-    """Remove the empty folders that a failed copy has made."""
+    """Remove empty folders that a failed copy created."""
     below = [x for x in folder.rglob("*") if x.is_dir()] if folder.is_dir() else []
     for path in (*sorted(below, reverse=True), folder, *folder.absolute().parents):
         if path in there:
             break
-        with suppress(OSError):  # somebody else's file is in it, or it was not made
+        with suppress(OSError):  # another program put a file into it, or it does not exist
             path.rmdir()
 
 

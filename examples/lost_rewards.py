@@ -1,10 +1,9 @@
-"""Compare runs whose judge loses answers: left out, or replaced by 0.5.
+"""Compare runs with a judge that loses answers: lost answers left out, or replaced by 0.5.
 
     python examples/lost_rewards.py
 
-The tiny editor is trained by ``train_flux.py`` through a judge and a consistency server over HTTP,
-over several seeds, and what came out is written into ``docs/``. Runs that are already there are
-kept.
+``train_flux.py`` trains the tiny editor with a judge and a consistency server over HTTP, over
+several seeds; the results are a page in ``docs/``. Existing runs are kept.
 """
 
 from __future__ import annotations
@@ -42,14 +41,14 @@ SERVED = """judge_model = "scripted"
 thinking = false
 terms = "l1"
 max_invalid = 0.5"""
-KINDS = {"none": (), "invalid": LOSING, "invented": (*LOSING, "--invent")}  # of the judge
+KINDS = {"none": (), "invalid": LOSING, "invented": (*LOSING, "--invent")}  # judge options
 TITLES = {
     "none": "No answer lost",
     "invalid": "10% lost, left out",
     "invented": "10% lost, 0.5 in their place",
 }
 COLORS = {"none": "#8a94a3", "invalid": "#2457d6", "invented": "#c0392b"}
-WINDOW = 8  # rounds that a point of the curve is the mean of
+WINDOW = 8  # rounds in the moving average of the curve
 TURNS = 3
 
 Reports = dict[tuple[str, int], dict[str, Any]]
@@ -57,13 +56,11 @@ Reports = dict[tuple[str, int], dict[str, Any]]
 
 def main(
     seeds: Annotated[str, typer.Option(help="Seeds, separated by commas.")] = "0,1,2",
-    runs: Annotated[Path, typer.Option(help="Where the runs are kept.")] = Path(
-        "runs/lost_rewards"
-    ),
-    docs: Annotated[Path, typer.Option(help="Where the page and the figure go.")] = Path("docs"),
-    workers: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    runs: Annotated[Path, typer.Option(help="Folder of the runs.")] = Path("runs/lost_rewards"),
+    docs: Annotated[Path, typer.Option(help="Folder of the page and the figure.")] = Path("docs"),
+    workers: Annotated[int, typer.Option(min=1, help="Concurrent runs; they share the cores.")] = 1,
 ) -> None:
-    """Run what is missing, then write the page and the figure."""
+    """Run missing seeds, then write the page and the figure."""
     with refusing():
         numbers = seeds_of(seeds)
         require_folder("runs", runs)
@@ -79,7 +76,7 @@ def main(
 
 
 def run_all(seeds: Sequence[int], runs: Path, workers: int) -> Reports:
-    """Run every kind with every seed, some at a time; return the reports by both."""
+    """Run every kind with every seed, ``workers`` at a time; return reports by (kind, seed)."""
     for seed in seeds:
         world_of(seed, runs)
     jobs = [(kind, seed) for kind in KINDS for seed in seeds]
@@ -98,19 +95,22 @@ def run(
     counts: Sequence[int] = COUNTS,
     options: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Train, unless it is done, and report what came of it; a run that was cut off goes on.
+    """Train and evaluate unless the report exists; an interrupted run is resumed.
 
     Args:
         kind: A key of ``KINDS``.
-        seed: Of chains, adapters and noise.
-        runs: The run is kept here in ``<kind>-<seed>``.
-        threads: Of the trainer.
-        counts: Chains for training, and held out.
-        options: Further ones of the trainer.
+        seed: Seed of chains, adapters and noise.
+        runs: Parent of the run's folder ``<kind>-<seed>``.
+        threads: Threads of the trainer.
+        counts: Number of training chains, and of held-out chains.
+        options: Further options of the trainer.
+
+    Returns:
+        The report.
 
     Raises:
-        RuntimeError: The trainer failed; the message has its last words.
-        ValueError: The report that is there is of another run.
+        RuntimeError: The trainer failed; the message has the end of its output.
+        ValueError: The existing report belongs to another run.
     """
     folder = runs / f"{kind}-{seed}"
     path, config = folder / "report.json", {"judge": list(KINDS[kind])}
@@ -128,9 +128,9 @@ def run(
 
 
 def world_of(seed: int, runs: Path, counts: Sequence[int] = COUNTS) -> Path:
-    """Write the editor and the chains of a seed, unless they are there; return their folder."""
+    """Write the editor and the chains of a seed unless they exist; return their folder."""
     world = runs / f"world-{seed}"
-    if not (world / "held_out.jsonl").exists():  # what is written last
+    if not (world / "held_out.jsonl").exists():  # written last, so all else is complete
         write_world(world, Family.kontext, seed=seed, counts=counts, turns=TURNS)
     return world
 
@@ -144,7 +144,11 @@ def train(
     judge_options: Sequence[str],
     options: Sequence[str],
 ) -> None:
-    """Start both services, and the trainer in a process of its own."""
+    """Run both services and the trainer, each in its own process.
+
+    Raises:
+        RuntimeError: The trainer failed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "served.toml").write_text(settings(), encoding="utf-8")
     with service("judge", *judge_options) as judge, service("consistency") as consistency:
@@ -161,14 +165,14 @@ def train(
 
 
 def settings() -> str:
-    """Write the demo's preset with other scorers."""
+    """Return the TOML of the preset ``shapes-nft`` with services in place of the scorer."""
     preset = (HERE / "flux" / "presets" / "shapes-nft.toml").read_text(encoding="utf-8")
     exact = 'scorer = "mteditflow_examples.shapes.scoring:ExactRewards"'
     return preset.replace(exact, SERVED)
 
 
 def evaluate(world: Path, folder: Path, seed: int, *, rounds: int) -> list[Evaluation]:
-    """Score the untrained model and with the adapter of the last checkpoint, both exactly."""
+    """Evaluate the untrained model, and the adapter of the last checkpoint, by exact rewards."""
     files = (world / "model", world / "held_out.jsonl")
     adapter = Checkpoints(folder / "checkpoints").find("auto").path / "lora"
     before = evaluate_held_out(*files, seed=seed)

@@ -1,10 +1,10 @@
-"""A planted hack: a judge that likes garish colors, consistency of no weight, and the drift panel.
+"""A planted reward hack: a judge that rewards garish colors, without weight on consistency.
 
     python examples/planted_hack.py runs/hack
 
 Trains the tiny editor of the shapes world with ``GarishJudge`` in place of the exact rewards, and
-prints when the panel raised its first alarm and when the true Overall had fallen. Every evaluation
-is on equal held-out chains and from equal noise.
+prints the round of the first drift alarm and of the fall of the true Overall. All evaluations have
+the same held-out chains and noise.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main(
     chains: Annotated[int, typer.Option(min=1, help="Held-out chains.")] = 48,
     seed: Annotated[int, typer.Option(min=0, help="Seed of chains, adapters and noise.")] = 0,
 ) -> None:
-    """Train on a judge that is fooled, and print when its alarm comes and when Overall falls."""
+    """Train with a hackable judge, and print when the drift alarm comes and when Overall falls."""
     from mteditflow_examples.flux.command_line import parse_or_exit
     from mteditflow_examples.flux.start import main as run_to_the_end
     from mteditflow_examples.shapes.editor import Family
@@ -61,14 +61,14 @@ def main(
     config = parse_or_exit(["shapes-nft", *words, "--output.trackers"])
     with refusing():
         require_folder("output", output)
-        if not (world / "held_out.jsonl").exists():  # what is written last
+        if not (world / "held_out.jsonl").exists():  # written last, so all else is complete
             write_world(world, Family.kontext, seed=seed, counts=(480, chains), turns=3)
     run_to_the_end(train, config)
     print(table(folder))
 
 
 def table(folder: Path) -> str:
-    """Return the course of a run by round, and one line with its verdict; writes it beside it."""
+    """Return a table of a run by round with a one-line verdict, and write it to ``hack.md``."""
     from mteditflow.evaluation import Evaluation
     from mteditflow.training import read_metrics
 
@@ -109,7 +109,7 @@ _COLUMNS = ("reward/following", "drift/saturation/turn_3")
 
 
 def _overall(evaluation: Any, term: str) -> float:
-    """Overall at the last turn, percent, with another term in the place of "following"."""
+    """Return Overall at the last turn, percent, with another term in place of "following"."""
     from dataclasses import replace
 
     from mteditflow.evaluation import Provenance

@@ -1,12 +1,12 @@
-"""Score a folder of edited chains: a judge for instruction following, a server for consistency.
+"""Score a folder of edited chains by a judge of instruction following and a consistency server.
 
     python examples/score_chains.py chains.jsonl edited \
         --judge http://127.0.0.1:8000/v1 --model Qwen/Qwen3-VL-8B-Instruct \
         --consistency http://127.0.0.1:8200/v1
 
-Chains may be in any format that `python -m mteditflow.chains formats` lists. What is lost on the
-way stays out of the averages, is counted, and is asked for again, alone, by the same command.
-``edited`` holds ``<id>/turn_<t>.png``, as ``evaluate.py`` writes them, or EdiVal-Bench's official
+Chains may be in any format that `python -m mteditflow.chains formats` lists. Lost scores are
+counted, and left out of the averages; the same command requests only those again. ``edited`` has
+``<id>/turn_<t>.png``, as written by ``evaluate.py``, or EdiVal-Bench's official
 ``<id>_input_raw_turn_<t>.png``.
 """
 
@@ -75,19 +75,19 @@ from mteditflow.rewards.command_line import (
 )
 
 SCORES = "scores.json"
-BATCH = 64  # chains whose images are in memory at a time, twice: being loaded, being scored
+BATCH = 64  # chains per batch; one batch is loaded while another is scored
 
 app = typer.Typer(pretty_exceptions_enable=False)
 
 
 def load(dataset: ChainDataset, index: int, folder: Path, name: str | None) -> list[Image.Image]:
-    """Load a chain's reference and what each turn made of it.
+    """Load a chain's reference and the result of each turn.
 
     Raises:
-        ChainError: an image is missing or broken, or the id leads out of the folder.
+        ChainError: an image is missing or broken, or the id is a path out of the folder.
     """
     chain, reference, _ = dataset[index]
-    _ = chain.reference  # nothing is compared with no image
+    _ = chain.reference  # raises for a chain without reference: there is nothing to compare with
     if name is None:
         return [reference, *EditedImages(folder).load(chain)]
     if "{id" in name and is_outside(folder / chain.id, folder):
@@ -97,7 +97,7 @@ def load(dataset: ChainDataset, index: int, folder: Path, name: str | None) -> l
         file = folder / name.format(id=chain.id, image=Path(chain.reference).stem, turn=turn)
         try:
             images.append(read_image(file))
-        except (*UNREADABLE, *BOMBS) as error:  # no file, or a broken one
+        except (*UNREADABLE, *BOMBS) as error:
             raise ChainError(f"turn {turn}: expected an image, got {file}: {error}") from error
     return images
 
@@ -105,8 +105,8 @@ def load(dataset: ChainDataset, index: int, folder: Path, name: str | None) -> l
 class Answers(NamedTuple):
     """Results of all chains."""
 
-    shown: list[Chain]  # those that were scored
-    left_out: dict[str, str]  # id of a chain whose images cannot be read, and why
+    shown: list[Chain]  # scored chains
+    left_out: dict[str, str]  # reason by id of a chain whose images cannot be read
     following: TurnScores | None
     kept: ConsistencyScores | None
 
@@ -121,7 +121,7 @@ class Batch(NamedTuple):
 def batches(
     dataset: ChainDataset, folder: Path, name: str | None, left_out: dict[str, str]
 ) -> Iterator[Batch]:
-    """Load batch after batch; a chain whose images cannot be read is put down with the reason."""
+    """Yield batches; add chains whose images cannot be read to ``left_out`` with the reason."""
     for start in range(0, len(dataset), BATCH):
         batch = Batch([], [])
         for index in range(start, min(start + BATCH, len(dataset))):
@@ -136,10 +136,10 @@ def batches(
 
 
 def require_images(dataset: ChainDataset, folder: Path, name: str | None) -> None:
-    """Raise unless a chain has all of its images, before anything is written.
+    """Raise unless at least one chain has all of its images, before anything is written.
 
     Raises:
-        ValueError: none has; the message says why.
+        ValueError: no chain has; the message has the reasons.
     """
     left_out: dict[str, str] = {}
     if next(batches(dataset, folder, name, left_out), None) is None:
@@ -149,9 +149,9 @@ def require_images(dataset: ChainDataset, folder: Path, name: str | None) -> Non
 def score(
     dataset: ChainDataset, folder: Path, name: str | None, rewards: Rewards, cache: Path
 ) -> Answers:
-    """Score batch after batch; the images of one are loaded while the one before is scored."""
+    """Score all batches; the images of one are loaded while the previous one is scored."""
     shown, left_out, results = [], {}, []
-    asked: list[Any] = []  # futures of the batch before: the judge's, the consistency server's
+    asked: list[Any] = []  # futures of the previous batch, from judge and consistency server
     with (
         AnswerCache(cache) as answers,
         Background() as background,
@@ -159,6 +159,7 @@ def score(
     ):
         services = _services(rewards, answers)
         for batch in batches(dataset, folder, name, left_out):
+            # `asked` is the previous batch: await it only after this one has been loaded.
             results.append([future and future.result() for future in asked])
             bar.update(len(shown) - bar.n)
             asked = [s and background.submit(s.score, *batch) for s in services]
@@ -178,7 +179,7 @@ def score(
 def _services(
     rewards: Rewards, cache: AnswerCache
 ) -> tuple[Judge | None, ConsistencyClient | None]:
-    """Return the clients that are asked for."""
+    """Return the clients of the configured services; None for a missing one."""
     judge = Judge(judge_client(rewards, cache=cache), prompt_of(rewards)) if rewards.judge else None
     return judge, consistency_client(rewards, cache=cache) if rewards.consistency else None
 
@@ -186,7 +187,7 @@ def _services(
 def details(
     shown: Sequence[Chain], following: TurnScores | None, consistency: ConsistencyScores | None
 ) -> list[dict[str, Any]]:
-    """Every score of every chain; null where there is none, with the reason if it was lost."""
+    """Return all scores per chain, as JSON values: null if missing, with reasons if lost."""
     columns: dict[str, Tensor] = {}
     lost: dict[tuple[int, int], list[str]] = {}
     if following is not None:
@@ -208,7 +209,7 @@ def details(
 
 
 def show(table_of: dict[str, dict[str, Any]], console: Console) -> None:
-    """Print every measure, turn by turn."""
+    """Print a table of all measures by turn."""
     few = f"* fewer than {FEW_CASES}"
     table = Table(title=f"per turn \\[95% interval over chains] (chains scored; {few})")
     table.add_column("")
@@ -236,7 +237,11 @@ def finish(
     path: Path,
     max_invalid: float,
 ) -> None:
-    """Write the report, then print it; end with 1 if too much is invalid."""
+    """Write the report, then print it.
+
+    Raises:
+        typer.Exit: code 1 if more than ``max_invalid`` of the chains lost a score.
+    """
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     terms: Terms = "features" if rewards.terms == "features" else "pixels"
     scale: Scale = "likert" if rewards.scale == "likert" else "binary"
@@ -281,7 +286,7 @@ def finish(
 
 
 def _check_name(name: str) -> None:
-    """Raise ValueError unless this is a pattern of the names of files."""
+    """Raise ValueError unless ``name`` is a valid pattern of file names."""
     try:
         name.format(id="", image="", turn=1)
     except (KeyError, IndexError, ValueError, AttributeError) as error:
@@ -291,30 +296,30 @@ def _check_name(name: str) -> None:
 
 
 def main(
-    chains: Annotated[Path, typer.Argument(help="File of chains, of any format.")],
-    edited: Annotated[Path, typer.Argument(help="Folder of what an editor made of them.")],
+    chains: Annotated[Path, typer.Argument(help="File of chains, in any supported format.")],
+    edited: Annotated[Path, typer.Argument(help="Folder of an editor's images.")],
     judge: Annotated[
-        list[str] | None, typer.Option(help="URL of a judge, ending in /v1; may be given again.")
+        list[str] | None, typer.Option(help="URL of a judge, ending in /v1; may be repeated.")
     ] = None,
-    model: Annotated[str, typer.Option(help="Name that the judge is known by.")] = "",
+    model: Annotated[str, typer.Option(help="Model name sent to the judge.")] = "",
     consistency: Annotated[
-        list[str] | None, typer.Option(help="URL of a server of mteditflow.rewards.server.")
+        list[str] | None, typer.Option(help="URL of a mteditflow.rewards.server.")
     ] = None,
-    output: Annotated[Path, typer.Option(help="Where scores.json and the cache go.")] = Path(
+    output: Annotated[Path, typer.Option(help="Folder of scores.json and the cache.")] = Path(
         "runs/scores"
     ),
     name: Annotated[
         str | None,
         typer.Option(
-            help="Files in the folder where another program named them: a pattern of {id}, "
-            "{image} (the reference's stem) and {turn}. Default: {id}/turn_{turn}.png."
+            help="Pattern of file names by another program, of {id}, {image} (the reference's "
+            "stem) and {turn}. Default: {id}/turn_{turn}.png."
         ),
     ] = None,
     scope: Annotated[
-        Literal["turn", "trajectory"], typer.Option(help="What one call of the judge is about.")
+        Literal["turn", "trajectory"], typer.Option(help="Turns that one judge call scores.")
     ] = "turn",
-    scale: Annotated[Scale, typer.Option(help="What the judge answers.")] = "binary",
-    thinking: Annotated[bool, typer.Option(help="An analysis before each score.")] = True,
+    scale: Annotated[Scale, typer.Option(help="Scale of the judge's scores.")] = "binary",
+    thinking: Annotated[bool, typer.Option(help="Ask for an analysis before each score.")] = True,
     answer_format: Annotated[
         Literal["json", "text"], typer.Option(help="text: for a server without structured output.")
     ] = "json",
@@ -324,21 +329,20 @@ def main(
     extra_body: ExtraBody = None,
     pairing: Annotated[
         Literal["reference", "consecutive"],
-        typer.Option(help="What the image of a turn is compared with."),
+        typer.Option(help="Image that a turn's image is compared with."),
     ] = "reference",
-    terms: Annotated[Terms, typer.Option(help="What consistency compares.")] = "features",
+    terms: Annotated[Terms, typer.Option(help="Consistency measure.")] = "features",
     allow_outside: Annotated[
-        bool, typer.Option("--allow-outside", help="Images may lie outside the file's folder.")
+        bool, typer.Option("--allow-outside", help="Allow images outside the file's folder.")
     ] = False,
     max_invalid: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Share of chains with a lost score that is an error."),
+        typer.Option(min=0, max=1, help="Share of lost chains above which the exit code is 1."),
     ] = 0.2,
 ) -> None:
     """Score, print a table, write scores.json.
 
-    The judge's key, if it wants one, is read from OPENAI_API_KEY, the server's token from
-    MTEDITFLOW_TOKEN.
+    The judge's API key is read from OPENAI_API_KEY, the server's token from MTEDITFLOW_TOKEN.
     """
     with refusing_options(), ExitStack() as stack:
         if not judge and not consistency:

@@ -1,31 +1,34 @@
-"""Teach an editor to work on its own imperfect images by distillation, without any reward.
+"""Train an editor on its own imperfect images by distillation, without any reward.
 
     python examples/self_distillation.py shapes-nft --model.path runs/shapes/model ...
     python examples/self_distillation.py shapes-nft --teacher.path CHECKPOINT/lora ...
     python examples/self_distillation.py shapes-nft objective:mt_opsd --data.drift 6 ...
 
-In the first the student edits chains, each turn on its own image, and the teacher, which is the
-base model, is shown the CLEAN image of each turn instead. At the states that the student reached
-itself, its velocity is drawn to the teacher's. Where a turn starts from a clean image, as the first
-one does, this keeps the student what it was. The second is plain on-policy distillation: a teacher
-of other weights, a LoRA of the run's rank, sees what the student sees. Rewards are only asked for
-by evaluations and promotions; otherwise the command line, presets, checkpoints, resuming, log and
+1. Self-distillation: the student edits chains, each turn from its previous result. The teacher, the
+base model, is conditioned on the CLEAN image of each turn. At the student's own states, the
+student's velocity is regressed onto the teacher's. For turns that start from a clean image, such as
+the first, this keeps the student at the base model.
+2. On-policy distillation: the teacher has other weights, a LoRA of the run's rank, and sees the
+student's images.
+3. MT-OPSD (arXiv 2609.35611): see below.
+
+Only evaluations and promotions use rewards. Command line, presets, checkpoints, resuming, log and
 report are those of ``train_flux.py``, with the objective ``Distillation`` in place of the preset's.
 
-Clean images come from ``clean_images``, and it is all that knows of the shapes world, in which the
-true picture before each turn can be drawn. There are none of a photograph's later turns. The third,
-MT-OPSD (arXiv 2609.35611), wears a photograph out instead: the student is run some turns under an
-instruction to change nothing, and edits what comes of it for real, while the teacher is shown the
-photograph itself (``flux/drifting.py``). It learns to leave the worn picture as it is, too, and now
-and then becomes its own teacher (``flux/promotion.py``). See "Long chains" in docs/training.md.
+Clean images come from ``clean_images``, the only function specific to the shapes world, where the
+true picture before each turn can be drawn. For photographs, later turns have no clean image.
+MT-OPSD degrades the photograph instead: the student runs some turns under an instruction to change
+nothing, then makes a real edit of the result, while the teacher sees the photograph itself
+(``flux/drifting.py``). The student also learns to keep degraded pictures unchanged, and replaces
+its teacher when it beats it (``flux/promotion.py``). See "Long chains" in docs/training.md.
 
-The first in the shapes world (seed 0, 20 rounds, 512 held-out chains, 95% intervals of paired
-differences): from the clean image, with ``--training.minibatches 8 --training.learning-rate 2e-3
+Self-distillation in the shapes world (seed 0, 20 rounds, 512 held-out chains, 95% intervals of
+paired differences): with ``--training.minibatches 8 --training.learning-rate 2e-3
 --objective.share 0.5``, Marginal(3) rises from 23.8 to 27.0 (+3.1 [+1.2, +5.1]), and
 Marginal(3) / Marginal(1) from 0.62 to 0.69. But CC(3) falls from 96.8 to 95.8 (-1.0 [-1.3,
--0.8]), and Overall(3) gains nothing (-1.7 [-4.5, +1.1], from 18.4). A guess at why: wear can be
-seen in an image, but what this editor makes are wrong edits, of which an image does not tell. From
-the LoRA of 20 rounds of NFT, with ``--training.final-rate 0.3``, Overall(3) rises to 45.3; the
+-0.8]), and Overall(3) gains nothing (-1.7 [-4.5, +1.1], from 18.4). A guess at why: wear is visible
+in an image, but this editor's errors are wrong edits, which an image does not reveal. Distillation
+from the LoRA of 20 rounds of NFT, with ``--training.final-rate 0.3``: Overall(3) rises to 45.3; the
 teacher's is 45.9.
 """
 
@@ -53,7 +56,10 @@ if TYPE_CHECKING:
 
 
 def clean_images(chain: Chain, reference: Image) -> list[Image]:
-    """The image before each turn had all turns before it been right: here the true ones, drawn."""
+    """Return the input image of each turn if all previous turns had been right, [N].
+
+    This version draws the true pictures of the shapes world; replace it for other data.
+    """
     from mteditflow_examples.shapes.served import chain_of
     from mteditflow_examples.shapes.vision import pixels_of, to_pil
     from mteditflow_examples.shapes.world import draw
@@ -106,7 +112,7 @@ def train(run: Run) -> None:
             evaluated = False
             try:
                 evaluated = evaluate_if_due(run)
-            finally:  # the round is done, whether it can be evaluated or not
+            finally:  # the round's metrics are complete even if its evaluation fails
                 record(run, bar)
             save_if_due(run, evaluated=evaluated)
             bar.advance()
@@ -114,14 +120,14 @@ def train(run: Run) -> None:
 
 
 def method_of(run: Run) -> str:
-    """Return the name of what trains, in titles."""
+    """Return the name of the method, for titles."""
     if run.config.drifts:
         return "MT-OPSD"
     return "self-distillation" if run.config.teacher.path is None else "distillation"
 
 
 def follow(run: Run, drawn: RoundChains) -> tuple[Rollout, RolloutVelocity]:
-    """Record the student's chains, and the teacher's conditioning: its own, or clean images'."""
+    """Record the student's chains, and the teacher's conditioning, by the same or clean images."""
     from mteditflow.pipelines import RolloutVelocity
 
     rollout = record_student(
@@ -134,10 +140,10 @@ def follow(run: Run, drawn: RoundChains) -> tuple[Rollout, RolloutVelocity]:
 
 
 def load_teacher(run: Run) -> None:
-    """Load the teacher's LoRA as the old policy, which nothing else moves here.
+    """Load the teacher's LoRA as the old policy, which nothing else updates here.
 
     Raises:
-        ConfigError: it cannot be loaded, or is of another rank or other modules.
+        ConfigError: the LoRA cannot be loaded, or has another rank or other modules.
     """
     path = run.config.teacher.path
     try:
@@ -155,7 +161,7 @@ def record_student(
     seen: Sequence[Seen] | None = None,
     purpose: str = "noise",
 ) -> Rollout:
-    """Roll chains out with the current policy, without noise in the steps."""
+    """Roll out chains with the current policy and deterministic steps."""
     from mteditflow_examples.flux.sampling import roll_out
 
     from mteditflow.pipelines import Rollout
@@ -167,8 +173,8 @@ def record_student(
 def clean_rollout(run: Run, drawn: RoundChains, rollout: Rollout) -> Rollout:
     """Return the student's trajectories with the conditioning of the same edits of clean images.
 
-    Members of a group share these, so each is recorded once, as a chain of one turn. The images
-    that the student makes there are not used, so the noise may be any.
+    Members of a group share clean images, so each is recorded once, as a chain of one turn. The
+    results of these edits are not used, so their noise does not matter.
     """
     group, turns = rollout.trajectory.group.tolist(), rollout.turn_mask.shape[1]
     members = {g: b for b, g in enumerate(group)}
@@ -182,6 +188,7 @@ def clean_rollout(run: Run, drawn: RoundChains, rollout: Rollout) -> Rollout:
     ]
     one_each = torch.arange(len(images))
     clean = record_student(run, images, instructions, one_each, seen=seen, purpose="clean noise")
+    # Row of turn 1 of each trajectory's group among the clean edits, which lie turn by turn.
     first = torch.tensor([turns * list(members).index(g) for g in group])
     index = clean.index[first[:, None] + torch.arange(turns), 0]
     return replace(clean, trajectory=rollout.trajectory, index=index)

@@ -1,4 +1,4 @@
-"""GRPO and NFT on a ring of eight Gaussians, three of them rewarded; draws toy_2d.png."""
+"""GRPO and NFT on a ring of eight Gaussians, three of them rewarded; writes toy_2d.png."""
 
 import copy
 
@@ -20,26 +20,26 @@ class Policy(nn.Sequential):
 
 
 def sample(policy: Policy, solver: mt.Solver, seed: int) -> mt.Trajectory:
-    """Roll out one turn, each trajectory from its own random numbers."""
+    """Roll out one turn, each trajectory with its own generator."""
     generators = mt.trajectory_generators(seed * BATCH, BATCH)
     noise, sigmas = mt.batched_noise((1, 2), generators), mt.uniform_sigmas(STEPS)
     return mt.rollout(policy, noise, sigmas, solver=solver, generators=generators, reduction="sum")
 
 
 def reward(trajectory: mt.Trajectory) -> Tensor:
-    """1 close to a rewarded mode, 0 elsewhere."""
+    """Return 1 close to a rewarded mode, 0 elsewhere, [B]."""
     return (torch.cdist(trajectory.clean[:, 0], MODES[::3]).amin(dim=1) < 0.4).float()
 
 
 def flow_matching(policy: Policy, *_: object) -> Tensor:
-    """No reward yet: fit the ring."""
+    """Return the flow-matching loss on samples of the ring, without a reward, [B]."""
     clean, noise = MODES.repeat(BATCH // 8, 1) + 0.12 * torch.randn(BATCH, 2), torch.randn(BATCH, 2)
     sigma = torch.rand(BATCH)
     return mt.flow_matching_loss(policy(mt.interpolate(clean, noise, sigma), sigma), clean, noise)
 
 
 def grpo(policy: Policy, _old: Policy, trajectory: mt.Trajectory, advantage: Tensor) -> Tensor:
-    """Replay every step, and clip the ratio of its densities."""
+    """Replay every step, and return the clipped surrogate loss per step."""
     rows = trajectory.step_mask.nonzero(as_tuple=True)
     x_t, next_x, sigma, next_sigma, old_log_prob = trajectory.steps(*rows)
     transition = SOLVER(x_t, policy(x_t, sigma), sigma, next_sigma)
@@ -49,7 +49,7 @@ def grpo(policy: Policy, _old: Policy, trajectory: mt.Trajectory, advantage: Ten
 
 
 def nft(policy: Policy, old: Policy, trajectory: mt.Trajectory, advantage: Tensor) -> Tensor:
-    """Noise the samples anew; pull the velocity toward the good ones, away from the bad."""
+    """Re-noise the samples; pull the velocity toward good ones, and away from bad ones."""
     clean, r = trajectory.clean[:, 0], mt.optimality_probability(advantage)
     noise, sigma = torch.randn_like(clean), torch.rand(BATCH)
     x_t, target = mt.interpolate(clean, noise, sigma), mt.velocity_target(clean, noise)

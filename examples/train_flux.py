@@ -4,10 +4,10 @@
     accelerate launch --config_file examples/flux/launch/ddp.yaml examples/train_flux.py \
         kontext-nft --data.chains chains.jsonl --rewards.judge http://judge:8000/v1 ...
 
-This file is the loop, one call for each thing that happens in a round. The mathematics is in the
-library; ``flux/`` has what surrounds it: options, loading, sampling, rewards, updates, checkpoints,
-evaluation and reports. Every random number comes from a key such as (seed, "noise", round,
-trajectory): a round that is done again, or on other ranks, or in other batches, draws the same.
+This file is the loop, with one call for each step of a round. The mathematics is in the library;
+``flux/`` has everything else: options, loading, sampling, rewards, updates, checkpoints, evaluation
+and reports. Every random number comes from a key such as (seed, "noise", round, trajectory), so a
+repeated round draws the same numbers, on any number of ranks and in any batches.
 """
 
 from __future__ import annotations
@@ -57,23 +57,23 @@ def train(run: Run) -> None:
         while state.done < config.training.rounds:
             run.begin_round()
 
-            # Sample: whole chains, each turn editing what the turn before has made.
+            # Sample: whole chains, each turn edits the previous result.
             drawn = next_chains(run)
             rollout, images, scores = sample(run, drawn)
             show_chains(run, drawn, images, scores)
 
-            # Score: rewards of all ranks, aggregated once.
+            # Score: rewards of all ranks, since the statistics of groups may span them.
             all_scores, group, own = gather(run, scores, drawn.group)
             rewards = round_rewards(config.rewards, all_scores, group)
             log_rewards(run, rewards)
             refuse_unsound_rewards(run, rewards)
 
-            # Fill: other chains in place of groups that would train nothing, within a bound.
+            # Fill: other chains in place of uninformative groups, within a bound.
             filled = Sampled(drawn, rollout, images, scores, rewards)
             if config.data.extra_groups:
                 filled = fill(run, filled)
 
-            # Advantage: credit turns, normalize in groups, fuse; this rank keeps its own.
+            # Advantage: credit turns, normalize in groups, fuse; this rank keeps its own rows.
             signals, weights = turn_signals(config.rewards, filled.rewards, state.multipliers)
             advantage, valid, unfused = turn_advantages(
                 config.rewards, filled.rewards, signals, weights, state.history
@@ -87,15 +87,15 @@ def train(run: Run) -> None:
                 mine = {name: part[own] for name, part in parts.items()}
                 advantage = token_advantages(run, filled.drawn, filled.rollout, filled.images, mine)
 
-            # Update: the objective's minibatches; then the old policy follows.
+            # Update: the objective's minibatches, then the old policy.
             velocity = velocity_of(policies, filled.rollout)
-            if config.stochastic and state.done == run.first_round:
+            if config.stochastic and state.done == run.first_round:  # all ratios must be 1
                 check_first_ratios(run, velocity, filled.rollout)
             with run.log.stopwatch.phase("updating"):
                 update(run, updater, velocity, filled.rollout, advantage, valid)
             policies.update_old(decay=run.objective.old_decay(state.done))
 
-            # Watch: statistics of the pictures, which train nothing, against their early bands.
+            # Monitor: statistics of the images against their early bands; these train nothing.
             watch_drift(run, drawn, images, scores)
             carry_over(run, rewards, signals, filled.rewards.group)
             state.done, run.between = state.done + 1, True
@@ -104,7 +104,7 @@ def train(run: Run) -> None:
             evaluated = False
             try:
                 evaluated = evaluate_if_due(run)
-            finally:  # the round is done, whether it can be evaluated or not
+            finally:  # the round's metrics are complete even if its evaluation fails
                 record(run, bar)
             save_if_due(run, evaluated=evaluated)
             bar.advance()
@@ -113,7 +113,7 @@ def train(run: Run) -> None:
 
 def main() -> None:
     """Run the command line."""
-    config = parse_or_exit(sys.argv[1:])  # before the heavy imports: help and refusals are quick
+    config = parse_or_exit(sys.argv[1:])  # before the heavy imports, so help and errors are fast
     from mteditflow_examples.flux.start import main as run_to_the_end
 
     run_to_the_end(train, config)

@@ -1,4 +1,4 @@
-"""Editors of chains: named families by the library's own sampler, other pipelines as they are."""
+"""Editors of chains: known families by the library's sampler, other pipelines by their own."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from mteditflow.rewards.command_line import check_source
 if TYPE_CHECKING:
     from mteditflow.pipelines import Editor, Seen
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # of a hub id, by diffusers' name
+LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' file name in a Hub repository
 
 
 class Edits(Protocol):
-    """Makes every edit of chains: [reference] and [chain] to the images after each turn."""
+    """Protocol of an editor: maps references and chains to the images after each turn."""
 
     def __call__(
         self,
@@ -34,27 +34,30 @@ class Edits(Protocol):
         chains: Sequence[Chain],
         seen: Sequence[Seen] | None = None,
     ) -> list[list[Image]]:
-        """Edit B chains; what a chain becomes does not depend on the others.
+        """Edit B chains; the images of a chain do not depend on the others.
 
         Args:
-            references: [B].
-            chains: [B].
-            seen: what each turn is given, as ``Editor.edit`` takes it.
+            references: input images of turn 1, [B].
+            chains: records of the chains, [B].
+            seen: input images of each turn, as in ``Editor.edit``.
+
+        Returns:
+            Images after each turn, [B][N].
         """
 
 
 @dataclass(frozen=True)
 class Model:
-    """A pipeline by path or hub id, and how it is called.
+    """A pipeline with the options of its calls.
 
     Attributes:
-        editor: of the pipeline, in diffusers format.
-        lora: weights to add, path or hub id.
-        dtype: of all weights.
-        call: options of every call.
-        resolution: side of the square that references are fitted into; None leaves them.
-        seed: of the noise.
-        history: what turns after the first are given, unless a chain says so itself.
+        editor: path or Hub id of a pipeline in diffusers format.
+        lora: path or Hub id of a LoRA to add; None: no LoRA.
+        dtype: dtype of all weights.
+        call: arguments of every pipeline call.
+        resolution: side of the square for references, pixels; None: no change.
+        seed: seed of the noise.
+        history: input images of turns after the first, unless a chain's record has its own.
     """
 
     editor: str
@@ -67,7 +70,7 @@ class Model:
 
     @property
     def made_by(self) -> MadeBy:
-        """Return what makes the images, for the record."""
+        """Return the provenance of the images."""
         steps, guidance = "num_inference_steps", self._guidance
         others = {name: x for name, x in self.call.items() if name not in (steps, guidance)}
         if self.history != "last":
@@ -87,7 +90,7 @@ class Model:
 
     @property
     def _guidance(self) -> str:
-        """Name of the scale of guidance: true_cfg_scale where the model has no other."""
+        """Name of the guidance argument: the family's own, else guidance_scale."""
         from diffusers import DiffusionPipeline
 
         from mteditflow.pipelines import FAMILIES
@@ -100,22 +103,22 @@ class Model:
         return named.get(name) or "guidance_scale"
 
     def check(self, chains: Sequence[Chain]) -> None:
-        """Refuse what is no pipeline or no LoRA, before anything is loaded.
+        """Check pipeline, LoRA, resolution and input images, before anything is loaded.
 
         Args:
-            chains: to edit.
+            chains: chains to edit.
 
         Raises:
-            ValueError: it is neither there nor a hub id, the resolution is no multiple of its
-                tokens, or a turn is given more than it takes.
-            OSError: a hub has none of that id.
+            ValueError: the source is neither a folder nor a Hub id, the resolution is no multiple
+                of a token's side, or a turn has more input images than the pipeline takes.
+            OSError: the Hub has no such repository.
         """
         from diffusers import DiffusionPipeline
 
         from mteditflow.pipelines import FAMILIES
 
         check_source("--editor", self.editor, "model_index.json")
-        index = DiffusionPipeline.load_config(self.editor)  # fetches this file alone
+        index = DiffusionPipeline.load_config(self.editor)  # downloads only this file
         name = index["_class_name"]
         takes = {x.pipeline.__name__: x.references for x in FAMILIES}.get(name)
         if takes is not None and self.resolution is not None:
@@ -131,15 +134,15 @@ class Model:
             check_source("--lora", self.lora, LORA_FILE)
 
     def _check_resolution(self, side: int, kind: str) -> None:
-        """Refuse a side that the pipeline would round down.
+        """Refuse a resolution that the pipeline would silently round down.
 
         Args:
-            side: pixels.
-            kind: class of the autoencoder.
+            side: resolution in pixels.
+            kind: class name of the autoencoder.
 
         Raises:
-            ValueError: it is no multiple of a token's side.
-            OSError: the autoencoder's configuration cannot be fetched.
+            ValueError: the resolution is no multiple of a token's side.
+            OSError: the autoencoder's configuration cannot be downloaded.
         """
         import diffusers
 
@@ -152,7 +155,7 @@ class Model:
             )
 
     def load(self, device: torch.device) -> Edits:
-        """Load it; its class tells how it is called."""
+        """Load the pipeline; its class decides which sampler is used."""
         from diffusers import DiffusionPipeline
         from mteditflow_examples.flux.loading import quiet_libraries
 
@@ -164,7 +167,7 @@ class Model:
         square = {"height": side, "width": side}
         families = {family.pipeline.__name__: family for family in FAMILIES}
         if name in families:
-            own = families[name].references != "none"  # a size of None is then the reference's
+            own = families[name].references != "none"  # then a size of None means the reference's
             call = {**square, **options} if own or side is not None else options
             editor = Editor.load(self.editor, dtype=dtype, device=device, call=call)
             return OfFamily(self._with_lora(editor), self.seed)
@@ -180,7 +183,7 @@ class Model:
 
 
 def _version(source: str, file: str) -> str | None:
-    """Return the hash of a local file or folder, or the commit of a hub id once it is here."""
+    """Return the hash of a local path, or the commit of a downloaded Hub id; None: unknown."""
     from huggingface_hub import try_to_load_from_cache
 
     local = content_hash(source)
@@ -191,7 +194,7 @@ def _version(source: str, file: str) -> str | None:
 
 
 class OfFamily:
-    """A family that is known by name; chains are edited in one batch where it can."""
+    """Editor of a known family; chains are edited in one batch if the pipeline allows."""
 
     def __init__(self, editor: Editor, seed: int) -> None:
         self._editor, self._seed = editor, seed
@@ -213,7 +216,7 @@ class OfFamily:
 
 
 class AnyPipeline:
-    """One chain at a time, by the arguments that edit pipelines share."""
+    """Editor by any pipeline, one chain at a time, with arguments common to editing pipelines."""
 
     def __init__(self, pipeline: Any, call: Mapping[str, Any], seed: int) -> None:
         self._pipeline, self._call, self._seed = pipeline, call, seed
@@ -242,15 +245,15 @@ class AnyPipeline:
 
 
 def noise(seed: int, chain: Chain) -> torch.Generator:
-    """Draw a chain's noise from its name, so that batches and ranks do not matter."""
+    """Return a generator keyed by the chain's id, so noise is independent of batches and ranks."""
     return keyed_generator(seed, "evaluation", chain.id)
 
 
 def call_options(given: Sequence[str]) -> dict[str, Any]:
-    """Read ``key=value``, the value as JSON where it is, else as text.
+    """Parse ``key=value`` arguments; values are JSON if valid, else text.
 
     Raises:
-        ValueError: one has no "=".
+        ValueError: an argument has no "=".
     """
     options: dict[str, Any] = {}
     for text in given:

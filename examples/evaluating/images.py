@@ -1,4 +1,4 @@
-"""The images that an editor made of chains, in a folder that all ranks see."""
+"""Images of edited chains, in a folder that all ranks share."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 
 class MadeImages:
-    """Images of chains in the layout of ``EditedImages``, and their references as edited.
+    """Images of chains in the layout of ``EditedImages``, with their cropped references.
 
     Args:
-        folder: where they lie, or will.
-        resolution: side that references are cut and scaled to; None leaves them as they are.
+        folder: folder of the images, existing or not.
+        resolution: side of the square that references are cropped and scaled to, pixels; None: no
+            change.
     """
 
     def __init__(self, folder: Path, resolution: int | None) -> None:
@@ -34,15 +35,15 @@ class MadeImages:
         """Read [reference, turn 1, ..., turn N].
 
         Raises:
-            ChainError: one is missing or broken; the message names it.
+            ChainError: an image is missing or broken; the message has its path.
         """
         return [self.reference(chain), *self.edited.load(chain)]
 
     def require_any(self, chains: Sequence[Chain]) -> None:
-        """Raise unless the images of a chain can be read.
+        """Raise unless the images of at least one chain can be read.
 
         Raises:
-            ValueError: those of none can; the message says why.
+            ValueError: no chain has readable images; the message has the reasons.
         """
         faults: dict[str, str] = {}
         for chain in chains:
@@ -53,7 +54,7 @@ class MadeImages:
         raise no_images(faults)
 
     def _fault(self, chain: Chain) -> str | None:
-        """Return why the images of a chain cannot be read, None where they can."""
+        """Return the reason why the images of a chain cannot be read; None if they can."""
         try:
             self.load(chain)
         except ChainError as error:
@@ -61,12 +62,12 @@ class MadeImages:
         return None
 
     def reference(self, chain: Chain) -> Image.Image:
-        """Read the reference as the editor is given it.
+        """Read the reference, cropped and scaled as the editor's input.
 
         Raises:
-            ChainError: it is missing or broken, or the chain has none.
+            ChainError: the image is missing or broken, or the chain has none.
         """
-        _ = chain.reference
+        _ = chain.reference  # raises if the chain has none
         image: Image.Image = ChainDataset([chain], transform=self._fit)[0].image
         return image
 
@@ -77,14 +78,14 @@ class MadeImages:
         return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
 
     def missing(self, chains: Sequence[Chain], state: PartialState) -> list[Chain]:
-        """This rank's part of the chains that lack an image and have a reference to begin with."""
+        """Return this rank's chains that lack an image and have a readable reference."""
         own = chains[state.process_index :: state.num_processes]
         return [x for x in own if not self.edited.complete(x) and self._has_reference(x)]
 
     def _has_reference(self, chain: Chain) -> bool:
         try:
             self.reference(chain)
-        except ChainError:  # named where the images are read to be scored
+        except ChainError:  # reported later, when images are read for scoring
             return False
         return True
 
@@ -96,9 +97,9 @@ class MadeImages:
         batch: int,
         history: History = "last",
     ) -> None:
-        """Make what this rank misses; returns when all ranks have finished.
+        """Make this rank's missing images; return when all ranks have finished.
 
-        An image is there whole or not at all; a chain without all of its images is sampled again.
+        Images are written atomically; a chain that lacks any of its images is edited again.
         """
         with tqdm(total=len(missing), desc="editing", unit="chain", disable=None) as bar:
             for start in range(0, len(missing), batch):
@@ -113,12 +114,12 @@ class MadeImages:
 
 
 def no_images(faults: Mapping[str, str]) -> ValueError:
-    """Return the error where no chain has its images, for the reason that each chain has."""
+    """Return the error for the case that no chain has its images, given the reasons by id."""
     return ValueError(f"expected at least one chain with its images, got none. {few(faults)}")
 
 
 class ByRow(Mapping[int, list[Image.Image]]):
-    """Images [reference, turn 1, ..., turn N] of chains by row, read when asked for."""
+    """Images [reference, turn 1, ..., turn N] of chains by row, loaded on access."""
 
     def __init__(self, images: MadeImages, chains: Sequence[Chain]) -> None:
         self._images, self._chains = images, chains

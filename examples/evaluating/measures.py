@@ -1,4 +1,4 @@
-"""Numbers per turn of a folder of scored chains, with their intervals over chains."""
+"""Metrics per turn of scored chains, with intervals over chains."""
 
 from __future__ import annotations
 
@@ -30,24 +30,25 @@ TERMS: dict[Terms, tuple[str, str]] = {
 
 
 class Measure(NamedTuple):
-    """A number per turn, and what it is made of."""
+    """A metric per turn, with its samples."""
 
     name: str
-    statistic: Callable[..., Tensor]
-    samples: tuple[Tensor, ...]  # each [B, N], NaN where there is no score
-    chains: Tensor  # how many it is over, [N]; for Overall the fewer of IF's and CC's
+    statistic: Callable[..., Tensor]  # maps samples to the metric, [N]
+    samples: tuple[Tensor, ...]  # each [B, N], NaN for missing scores
+    chains: Tensor  # number of chains at each turn, [N]; for Overall the minimum of IF's and CC's
     bounds: tuple[float, float]  # range of the scores
     percent: bool = True
-    share: bool = False  # of one outcome per chain
-    parts: tuple[Measure, ...] = ()  # of Overall: IF and CC
+    share: bool = False  # a share of chains with a binary outcome, so Wilson's interval applies
+    parts: tuple[Measure, ...] = ()  # for Overall: IF and CC
 
 
 def measures(
     following: TurnScores | None, kept: ConsistencyScores | None, scale: Scale, terms: Terms
 ) -> list[Measure]:
-    """List what can be measured with the scores at hand."""
+    """Return all metrics that the available scores allow."""
     found: list[Measure] = []
     if following is not None:
+        # IF needs all turns up to n to be judged, Marginal only turn n.
         success, judged = (following.score,), following.measured.long()
         whole, own = judged.cumprod(dim=1).sum(dim=0), judged.sum(dim=0)
         if scale == "likert":
@@ -77,20 +78,21 @@ def measures(
 
 
 def of_valid(metric: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-    """Let a metric of success and validity take NaN for what is not valid."""
+    """Return a metric of success with NaN for invalid entries, in place of a mask."""
     return lambda success: metric(success.nan_to_num(), valid=success.isfinite())
 
 
 def overall_of(success: Tensor, *terms: Tensor) -> Tensor:
-    """Overall(t) of instruction following and of consistency."""
+    """Return Overall(n) of instruction following and consistency, [N]."""
     return overall(of_valid(instruction_following)(success), content_consistency(*terms))
 
 
 def interval_over_chains(measure: Measure) -> tuple[Interval, Tensor]:
-    """Return the interval over chains, and where all chains are alike, boolean [N].
+    """Return the interval over chains, and a mask of turns with equal chains, boolean [N].
 
-    That of a share of chains is Wilson's, that of others a bootstrap. Where this has no width, it
-    is that of a bounded mean, and for Overall of its parts: ``mteditflow.evaluation.intervals``.
+    A share of chains has Wilson's interval, other metrics a bootstrap interval. A bootstrap of zero
+    width is replaced by the interval of a bounded mean, and for Overall by one from its parts; see
+    ``mteditflow.evaluation.intervals``.
     """
     if measure.share:
         share = measure.statistic(*measure.samples)
@@ -105,7 +107,7 @@ def interval_over_chains(measure: Measure) -> tuple[Interval, Tensor]:
 
 
 def summarize(measure: Measure) -> dict[str, Any]:
-    """Per turn: the estimate, its 95% interval, and how many chains have it."""
+    """Return estimate, 95% interval and number of chains per turn, as JSON values."""
     unit = 100 if measure.percent else 1
     interval, _ = interval_over_chains(measure)
     estimate, low, high = ([finite(unit * x) for x in value.tolist()] for value in interval)
@@ -117,5 +119,5 @@ def summarize(measure: Measure) -> dict[str, Any]:
 
 
 def finite(value: float) -> float | None:
-    """Round; None where nothing was measured, since JSON has no NaN."""
+    """Round to two decimals; None for NaN, which JSON lacks."""
     return round(value, 2) if math.isfinite(value) else None

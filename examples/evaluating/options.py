@@ -1,4 +1,4 @@
-"""Options of the evaluation commands: errors by their names, and what does not go together."""
+"""Options of the evaluation commands: their names in errors, and conflicts."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typer import Context
 from mteditflow._exits import refusing
 from mteditflow.chains import Skipped
 
-# Fields that the commands share with the trainer, by the names of their options.
+# Options by field of the trainer, if their names differ.
 OPTIONS = {"rewards.judge_model": "--model"}
-EDITOR = ("lora", "call", "dtype", "seed", "batch", "history")  # act on an editor alone
-JUDGE = (  # act on a judge or a consistency server alone
+EDITOR = ("lora", "call", "dtype", "seed", "batch", "history")  # only affect an editor
+JUDGE = (  # only affect a judge or a consistency server
     "model", "thinking", "answer_tokens", "reasoning_tokens", "chat_template_kwargs", "extra_body",
     "terms", "concurrency",
 )  # fmt: skip
-SHOWN = 3  # chains that a message names
+SHOWN = 3  # most chains that a message lists
 
 
 @contextmanager
 def refusing_options() -> Iterator[None]:
-    """``refusing``, with ``--scorer`` for ``rewards.scorer`` in the line."""
+    """Refuse like ``refusing``, with options such as ``--scorer`` for fields in the message."""
     with refusing():
         try:
             yield
@@ -32,7 +32,7 @@ def refusing_options() -> Iterator[None]:
 
 
 def _by_option(message: str) -> str:
-    """Name an option of a command where a message names the field that it sets.
+    """Replace fields of the trainer in a message by the command's options.
 
     Example:
         >>> _by_option("rewards.scorer: expected module:name, got 'x'")
@@ -44,11 +44,11 @@ def _by_option(message: str) -> str:
         message = message.replace(field, option)
     if not message.startswith(("rewards.", "--")):
         return message
-    return re.sub(r"(?<![\w.])rewards\.", "--", message)  # not those of a module
+    return re.sub(r"(?<![\w.])rewards\.", "--", message)  # not in mteditflow.rewards.X
 
 
 def refuse_ignored(context: Context, other: str, names: tuple[str, ...]) -> None:
-    """Raise ValueError if an option was given that another one makes meaningless."""
+    """Raise ValueError if an option was given that has no effect beside ``other``."""
     for name in names:
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
@@ -57,14 +57,14 @@ def refuse_ignored(context: Context, other: str, names: tuple[str, ...]) -> None
 
 
 def few(reasons: Mapping[str, str]) -> str:
-    """Name a few of what was left out, with the reason, and how many more there are."""
+    """Return text on the first left-out items with their reasons, and the number of others."""
     shown = [f"{name}: {why}" for name, why in list(reasons.items())[:SHOWN]]
     more = [f"... and {len(reasons) - SHOWN} more"] * (len(reasons) > SHOWN)
     return "; ".join([*shown, *more])
 
 
 def few_lines(skipped: Sequence[Skipped]) -> str:
-    """Name a few reasons of lines that hold no chain, each once: its first line and a count."""
+    """Return text on the first reasons of skipped lines, each with its first line and count."""
     lines: dict[str, list[int]] = {}
     for found in skipped:
         lines.setdefault(found.reason, []).append(found.line)

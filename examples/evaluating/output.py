@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what it was made of, its scores, and the report in every form."""
+"""The folder of an evaluation: settings, scores, and the report in all formats."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ REPORT = "report.json"
 
 
 class Settings(BaseModel):
-    """Inputs that an evaluation's folder belongs to.
+    """Inputs of an evaluation, stored in its folder.
 
     Attributes:
-        images: folder of the images, relative to this one or absolute.
+        images: folder of the images, absolute or relative to this one.
         chains: sha256 of the file of chains.
-        resolution: side of the square that references are fitted into; None leaves them.
-        provenance: who judges and who makes the images; None in a folder of an older version.
+        resolution: side of the square for references, pixels; None: no change.
+        provenance: origin of scores and images; None in a folder of an older version.
     """
 
     images: str
@@ -48,11 +48,11 @@ class Settings(BaseModel):
 
     @classmethod
     def read(cls, folder: Path) -> Settings:
-        """Read those of a folder.
+        """Read the settings of a folder.
 
         Raises:
-            ValueError: the file holds something else.
-            OSError: there is none.
+            ValueError: the file is invalid.
+            OSError: the file does not exist.
         """
         try:
             return cls.model_validate_json((folder / SETTINGS).read_bytes())
@@ -60,10 +60,10 @@ class Settings(BaseModel):
             raise ValueError(f"{folder / SETTINGS}: {first_error(error)}") from error
 
     def agreed(self, folder: Path) -> Settings:
-        """Return these settings with what those of a folder know besides, if it has any.
+        """Return these settings, completed by those of a folder, if it has any.
 
         Raises:
-            ValueError: one is another than that of the folder.
+            ValueError: a setting differs from that of the folder.
         """
         fix = "choose another --output"
         if not (folder / SETTINGS).exists():
@@ -89,7 +89,7 @@ class Settings(BaseModel):
         return self.model_copy(update={"provenance": provenance})
 
     def write(self, folder: Path) -> None:
-        """Write them."""
+        """Write the settings to a folder."""
         path = folder / SETTINGS
         path.parent.mkdir(parents=True, exist_ok=True)
         with naming(path):
@@ -97,16 +97,16 @@ class Settings(BaseModel):
 
     @property
     def encoded(self) -> bytes:
-        """The file's content."""
+        """Content of the file."""
         return self.model_dump_json(indent=1).encode()
 
 
 class Finished:
-    """An evaluation read back from its folder.
+    """An evaluation read from its folder.
 
     Raises:
-        ValueError: a file holds something else.
-        OSError: a file is not there.
+        ValueError: a file is invalid.
+        OSError: a file does not exist.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -116,7 +116,7 @@ class Finished:
         self.evaluation = Evaluation.read(folder / EVALUATION)
         self.chains = read_chains(folder / CHAINS, allow_outside=True).chains
         self.report = _report(folder / REPORT)
-        images = folder / settings.images  # absolute, if they were made elsewhere
+        images = folder / settings.images  # an absolute path replaces the folder
         self.images = MadeImages(images, settings.resolution)
 
     def series(self, chains: Sequence[Chain]) -> Series:
@@ -129,8 +129,8 @@ def _report(path: Path) -> Report:
     """Read a report.
 
     Raises:
-        ValueError: the file holds something else.
-        OSError: there is none.
+        ValueError: the file is invalid.
+        OSError: the file does not exist.
     """
     try:
         return Report.model_validate_json(path.read_bytes())
@@ -140,7 +140,7 @@ def _report(path: Path) -> Report:
 
 @contextmanager
 def naming_folders(before: Path, after: Path) -> Iterator[None]:
-    """Name the folders of two evaluations in an error that calls them before and after."""
+    """Prefix an error about two evaluations, before and after, with their folders."""
     try:
         yield
     except ValueError as error:
@@ -154,14 +154,14 @@ def report_files(
     chains: Sequence[Chain],
     rows: Sequence[int],
 ) -> dict[str, bytes]:
-    """Return the report as JSON, CSV, Markdown, charts and gallery, by the names of the files.
+    """Return the report as JSON, CSV, Markdown, charts and gallery, by file name.
 
-    Survival is left out where a report is of a version without it.
+    Survival is left out if a report was written by a version without it.
     """
     from mteditflow.evaluation import draw_report, draw_survival
     from mteditflow.evaluation.figures import chart_files
 
-    page = gallery(series, chains, rows, title=report.title)  # may miss an image: first
+    page = gallery(series, chains, rows, title=report.title)  # first: raises if an image is gone
     charts, pictures = chart_files(draw_report(*drawn), "report"), ["report.png"]
     if all(each.has_survival for each in drawn):
         charts |= chart_files(draw_survival(*drawn), "survival")
@@ -178,9 +178,9 @@ def report_files(
 def score_files(
     folder: Path, settings: Settings, evaluation: Evaluation, chains: Sequence[Chain]
 ) -> dict[str, bytes]:
-    """Return settings, scores and the chains that they are of, by the names of their files."""
+    """Return settings, scores and scored chains, by file name."""
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = folder / f".{uuid.uuid4().hex}.partial"  # there, for paths of images are relative
+    scratch = folder / f".{uuid.uuid4().hex}.partial"  # in folder, since image paths are relative
     try:
         with naming(folder / CHAINS):
             write_chains(chains, scratch)
@@ -191,7 +191,7 @@ def score_files(
 
 
 def show(report: Report, folder: Path) -> None:
-    """Print the tables, what they leave out, and where all of it is."""
+    """Print the tables, what they leave out, and the path of the report."""
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     with reader_may_leave():
         for table in rich_tables(report):

@@ -1,4 +1,4 @@
-"""Scores of chains and their images, part by part, from services or a scorer of the user's own."""
+"""Score chains and their images in parts, by services or a custom scorer."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ from mteditflow.rewards.scale import COSINE, SHARE
 from .images import MadeImages, no_images
 
 DESTROYED_BELOW = "--destroyed-below"
-PART = 32  # chains whose images are in memory at once, and as many that wait
+PART = 32  # chains per part; one part is loaded while another is scored
 
 
 class WithParts(Services):
-    """The services, with the terms of consistency apart, whose corpus average CC is."""
+    """The services, with consistency's object and background terms, whose averages CC needs."""
 
     def consistency(self, scores: ConsistencyScores) -> dict[str, TurnScores]:
         """See ``Services``."""
@@ -59,17 +59,17 @@ class WithParts(Services):
 
 
 class Checks(NamedTuple):
-    """Models of the checks of edit types, apart from the judge."""
+    """Models for the checks by edit type, besides the judge."""
 
     detector: ScoredDetector
     reader: TextReader | None
 
 
 class ByType(WithParts):
-    """The services, but success is told by the check of each turn's edit type.
+    """The services, with success decided by a check for each turn's edit type.
 
     Attributes:
-        ways: id of a chain to what told each of its turns.
+        ways: method that decided each turn, by id of the chain.
     """
 
     def __init__(self, config: Rewards, cache: AnswerCache, checks: Checks) -> None:
@@ -87,15 +87,15 @@ class ByType(WithParts):
 
 
 class Asks(NamedTuple):
-    """Scores asked for, apart from the rewards of a run.
+    """Scores requested in addition to the rewards.
 
     Attributes:
-        by_type: whether the check of its edit type tells if a turn succeeded.
-        detector: Grounding DINO for these checks, path or hub id.
+        by_type: whether the check for its edit type decides if a turn succeeded.
+        detector: Grounding DINO for these checks, path or Hub id.
         ocr: whether rapidocr reads the text of text edits, in place of the judge.
-        preference: hub id of a preference model.
-        destroyed_below: consistency with the original below which a turn counts as destroyed; None
-            leaves collapse unmeasured, unless the scorer flags destroyed turns.
+        preference: path or Hub id of a preference model; None: no preference score.
+        destroyed_below: consistency with the original below which a turn counts as destroyed; None:
+            collapse is not measured unless the scorer flags destroyed turns.
     """
 
     by_type: bool
@@ -105,12 +105,12 @@ class Asks(NamedTuple):
     destroyed_below: float | None
 
     def check(self, config: Rewards) -> None:
-        """Refuse what does not go together, or cannot be used, before anything is loaded.
+        """Refuse conflicting or invalid options, before anything is loaded.
 
         Raises:
-            ValueError: options exclude each other, there is no such scorer or model, its scale is
-                not the one that is asked for, the threshold is off it, or a URL does not end in
-                /v1.
+            ValueError: options exclude each other, the scorer or a model does not exist, the
+                scorer's scale differs from the given one, a threshold is out of range, or a URL
+                does not end in /v1.
         """
         if self.by_type and (config.scorer is not None or config.scale != "binary"):
             raise ValueError("--checks edival: expected no --scorer and --scale binary")
@@ -135,7 +135,7 @@ class Asks(NamedTuple):
         check_services(config)
 
     def provenance(self, config: Rewards, made_by: MadeBy) -> Provenance:
-        """Return who scores, and who made the images, for the record."""
+        """Return the provenance of scores and images."""
         judge = judged_by(config)
         if self.by_type:
             reader = f"rapidocr {version('rapidocr')}" if self.ocr else None
@@ -146,9 +146,10 @@ class Asks(NamedTuple):
         return Provenance(judged_by=judge, made_by=made_by)
 
     def load_checks(self, device: torch.device) -> Checks | None:
-        """Load what the checks of edit types use; transformers takes its time to import."""
+        """Load the models for checks by edit type; None if they are not used."""
         if self.detector is None:
             return None
+        # Imported here, since importing transformers takes seconds.
         from mteditflow.rewards import GroundingDino
 
         detector, reader = GroundingDino.from_pretrained(self.detector, device=device), None
@@ -163,9 +164,9 @@ class Scored(NamedTuple):
     """Result of scoring.
 
     Attributes:
-        evaluation: of the chains whose images could be read.
-        ways: what told each of their turns.
-        left_out: the other chains, by id to the reason.
+        evaluation: evaluation of the chains whose images could be read.
+        ways: method that decided each of their turns.
+        left_out: reason by id of each other chain.
     """
 
     evaluation: Evaluation
@@ -174,7 +175,7 @@ class Scored(NamedTuple):
 
 
 class WithWear:
-    """A scorer, and beside it the wear of turns that ask for no change, unless it measures wear."""
+    """Wrapper of a scorer that adds the wear of identity turns, unless the scorer has "wear"."""
 
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
@@ -190,10 +191,10 @@ class WithWear:
 
 
 class WithPreference:
-    """A scorer, and beside it how much people would like the images."""
+    """Wrapper of a scorer that adds scores of a human-preference model."""
 
     def __init__(self, scorer: Scorer, hub_id: str, device: torch.device) -> None:
-        # transformers' CLIP takes its time to import
+        # Imported here, since importing the CLIP of transformers takes seconds.
         from mteditflow.evaluation import PickScore, Preference
 
         self._scorer = scorer
@@ -220,17 +221,17 @@ def score_chains(
     """Score all chains whose images can be read.
 
     Args:
-        config: who scores.
-        chains: to score, in this order.
-        images: what was made of them.
-        asks: what is asked beside them.
-        cache: file of the answers, so that what was answered is not asked again; written from the
-            first chain on whose images can be read.
-        device: of the models that run here.
-        done: called with the number of chains that are finished.
+        config: options of scoring.
+        chains: chains, in the order of the result.
+        images: their images.
+        asks: scores requested in addition.
+        cache: file of answers, which are not requested again; created once the images of a chain
+            have been read.
+        device: device of local models.
+        done: called with the number of chains of each finished part.
 
     Raises:
-        ValueError: there is no such chain, or the scorer refuses one.
+        ValueError: no chain has readable images, or the scorer refuses one.
     """
     left_out: dict[str, str] = {}
     starts = range(0, len(chains), PART)
@@ -256,22 +257,22 @@ def score_chains(
         background = stack.enter_context(Background())
         for part in joined([first], readable):
             waiting.append(background.submit(scorer.score, *zip(*part, strict=True)))
-            if len(waiting) > 1:
+            if len(waiting) > 1:  # one part is scored while the next one is loaded
                 take()
         while waiting:
             take()
     scored = [chain for chain in chains if chain.id not in left_out]
     ways = own.ways if isinstance(own, ByType) else {}
     otherwise = config.scorer or SINGLE_QUESTION
-    told = [ways.get(chain.id, (otherwise,) * chain.turns) for chain in scored]
+    deciding = [ways.get(chain.id, (otherwise,) * chain.turns) for chain in scored]
     evaluation = _evaluation(config, scored, found, asks.destroyed_below)
-    return Scored(evaluation, told, left_out)
+    return Scored(evaluation, deciding, left_out)
 
 
 def _scorer(
     config: Rewards, asks: Asks, cache: Path, device: torch.device, stack: ExitStack
 ) -> Scorer:
-    """Make the scorer; services keep their answers in a file that is closed with the stack."""
+    """Return the scorer; services store their answers in a file that ``stack`` closes."""
     if config.scorer is not None:
         return own_scorer(config, config.scorer)
     checks = asks.load_checks(device)
@@ -282,7 +283,7 @@ def _scorer(
 def _readable(
     chains: Sequence[Chain], images: MadeImages, left_out: dict[str, str]
 ) -> list[tuple[Chain, list[Image]]]:
-    """Chains with their images; of the others the reason is put down."""
+    """Return chains with their images; add unreadable ones to ``left_out`` with the reason."""
 
     def read(chain: Chain) -> list[Image]:
         try:
@@ -304,8 +305,8 @@ def _evaluation(
     """Join the scores of all parts, and flag destroyed turns; the caller adds the provenance.
 
     Raises:
-        ValueError: destroyed turns are asked for, and there is no consistency to tell them by, or
-            the scorer flags them itself.
+        ValueError: a threshold is given, and consistency is not scored, or the scorer flags
+            destroyed turns itself.
     """
     terms = {name: TurnScores.concatenate([part[name] for part in parts]) for name in parts[0]}
     if threshold is not None:

@@ -1,4 +1,4 @@
-"""One run of a benchmark of sessions: services, the judge's answers, the report, its tables."""
+"""One run of a session benchmark: services, answers of the judge, report, and tables."""
 
 from __future__ import annotations
 
@@ -46,7 +46,14 @@ FEW = f"* over fewer than {FEW_CASES}"
 
 @dataclass(frozen=True)
 class Service:
-    """Judge of a command."""
+    """The judge of a command.
+
+    Attributes:
+        urls: URLs of its endpoints.
+        model: model name sent to them.
+        request: options of all requests.
+        patience: longest wait for an unreachable judge, seconds.
+    """
 
     urls: list[str]
     model: str
@@ -54,7 +61,7 @@ class Service:
     patience: float
 
     def client(self, cache: AnswerCache | None = None, **options: Any) -> ChatClient:
-        """Return a client of the judge, whose key is in the environment."""
+        """Return a client of the judge; its API key comes from the environment."""
         given = {"api_key": self._key, "request": self.request, "patience": self.patience}
         return ChatClient(self.urls, self.model, cache=cache, **given | options)
 
@@ -63,27 +70,27 @@ class Service:
         return read_secret("OPENAI_API_KEY")
 
     def require(self, images: int) -> None:
-        """Raise ValueError unless every judge answers one question with so many images."""
+        """Raise ValueError unless every judge answers a question with ``images`` images."""
         client = self.client(timeout=QUESTION, attempts=2)
         found = anyio.run(partial(reach_endpoints, client, images=images))
         require_reachable("--judge", found)
 
     def identity(self) -> str | None:
-        """Return what the judge's servers say of themselves."""
+        """Return the identity that the judge's servers report; None: none."""
         return anyio.run(partial(judge_identity, self.urls, self.model, api_key=self._key))
 
 
 @dataclass(frozen=True)
 class Protocol(Generic[Found]):
-    """How a benchmark is scored.
+    """Scoring of a benchmark.
 
     Attributes:
-        name: of the report's files.
-        judged_by: who judges, but for what servers say of themselves.
-        score: asks the judge; accepted answers go to the cache.
-        report: raises ``UnansweredError`` where an answer is missing.
-        details: scores by measure, session and turn.
-        consistency: consistency servers that are asked as well.
+        name: stem of the report's files.
+        judged_by: provenance of the scores, without the identities of servers.
+        score: scores sessions by the judge; accepted answers are stored in the cache.
+        report: returns the report; raises ``UnansweredError`` if an answer is missing.
+        details: returns scores by measure, session and turn.
+        consistency: URLs of consistency servers, if used.
     """
 
     name: str
@@ -94,7 +101,7 @@ class Protocol(Generic[Found]):
     consistency: Sequence[str] = ()
 
     def asked(self, service: Service) -> JudgedBy:
-        """Return who judges, as far as servers say by now."""
+        """Return the provenance with the identities that servers report by now."""
         update = {"judge_server": service.identity()}
         if self.consistency:
             token = read_secret("MTEDITFLOW_TOKEN")
@@ -114,7 +121,7 @@ class Protocol(Generic[Found]):
 def consistency_client(
     servers: Sequence[str], cache: AnswerCache | None = None
 ) -> ConsistencyClient:
-    """Return a client of consistency servers, whose token is in the environment."""
+    """Return a client of consistency servers; its token comes from the environment."""
     token = read_secret("MTEDITFLOW_TOKEN")
     return ConsistencyClient(servers, token=token, cache=cache)
 
@@ -127,11 +134,11 @@ def run(
     as_json: bool,
     stack: ExitStack,
 ) -> None:
-    """Score sessions and write the report; once all is in order, what fails is no refusal.
+    """Score sessions, write and print the report; errors after all checks exit with code 1.
 
     Raises:
-        ValueError: a URL is not usable, the folder holds scores of another judge, or a service does
-            not answer.
+        ValueError: a URL is invalid, the folder has scores by another judge, or a service does not
+            answer.
     """
     service.client()  # refuses a bad URL before anything is asked
     path, answers = output / f"{protocol.name}.json", output / "answers.sqlite"
@@ -143,7 +150,8 @@ def run(
     with AnswerCache(answers) as cache:
         found = anyio.run(protocol.score, cache)
     report = protocol.report(found)
-    judge = agreed(judge, protocol.asked(service))  # what it could not say before
+    # A server that was still starting at the first query may report its identity only now.
+    judge = agreed(judge, protocol.asked(service))
     whole = {"judged_by": judge.model_dump(), "report": report.model_dump()}
     details = whole | {"scores": protocol.details(found)}
     encoded = json.dumps(details, indent=1, allow_nan=False).encode()
@@ -161,7 +169,7 @@ def run(
 
 
 def rows(report: SessionReport) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table: one for each turn, and one over all turns where there is one."""
+    """Return header and rows of the table: one row per turn, and one over all turns if any."""
     names = list(report.by_turn)
     body = [
         [f"{turn + 1}", *(cell(report.by_turn[name][turn]) for name in names)]
@@ -173,7 +181,7 @@ def rows(report: SessionReport) -> tuple[list[str], list[list[str]]]:
 
 
 def cell(value: Measured) -> str:
-    """An estimate in percent with interval and count; an asterisk marks few cases."""
+    """Return an estimate in percent with interval and count; an asterisk marks few cases."""
     if value.estimate is None or value.low is None or value.high is None:
         return "none (0)"
     low, high = 100 * value.low, 100 * value.high
@@ -186,7 +194,7 @@ def _title(report: SessionReport) -> str:
 
 
 def table(report: SessionReport) -> Table:
-    """For the terminal."""
+    """Return the table for the terminal."""
     head, body = rows(report)
     shown = Table(title=escape_markup(f"{_title(report)} [95% interval] (count; {FEW})"))
     for column in head:
@@ -197,7 +205,7 @@ def table(report: SessionReport) -> Table:
 
 
 def markdown(report: SessionReport, judge: JudgedBy) -> str:
-    """Write the table as Markdown."""
+    """Return the report as Markdown."""
     head, body = rows(report)
     lines = [head, ["---:"] * len(head), *body]
     parts = [

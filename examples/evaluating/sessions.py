@@ -1,8 +1,8 @@
 """Commands that score sessions by the protocol of a public benchmark: LME, MSE, MICE.
 
-A session without all of its images ends a command before anything is asked, and an answer of the
-judge that is missing ends it without a report: what was answered stays in the output folder, and
-the same command asks only for the rest.
+A command fails before any request if a session lacks an image. It fails without a report if an
+answer of the judge is missing; accepted answers stay in the output folder, and the same command
+requests only the others.
 """
 
 from __future__ import annotations
@@ -60,17 +60,21 @@ Edited = Annotated[Path, typer.Argument(help="Folder of an editor's images.")]
 Judges = Annotated[
     list[str], typer.Option("--judge", help="URL that ends in /v1; may be repeated.")
 ]
-Model = Annotated[str, typer.Option(help="Name that the judge is known by.")]
-Sources = Annotated[Path | None, typer.Option(help="Folder of the sources; else the file's.")]
-Outside = Annotated[bool, typer.Option("--allow-outside", help="Sources may lie outside it.")]
+Model = Annotated[str, typer.Option(help="Model name sent to the judge.")]
+Sources = Annotated[
+    Path | None, typer.Option(help="Folder of the source images. Default: the file's.")
+]
+Outside = Annotated[
+    bool, typer.Option("--allow-outside", help="Allow source images outside their folder.")
+]
 Output = Annotated[Path, typer.Option(help="Folder of the report and of the judge's answers.")]
 Patience = Annotated[
-    float, typer.Option(min=0, help="Longest wait for a judge that is down to come back, s.")
+    float, typer.Option(min=0, help="Longest wait for an unreachable judge, seconds.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the report as JSON.")]
 OUTPUT = Path("runs/sessions")
 OF_TEN = Scale(0, 10, success=ENOUGH, whole=True)
-# What stands for the wording of a judge's questions in a report.
+# Sample session whose questions are hashed, as the version of a judge's prompts in reports.
 SAMPLE = Session(
     Chain(
         id="a",
@@ -164,10 +168,12 @@ def mice(
         str | None, typer.Option(help="Grounding DINO, path or hub id; without it no IF.")
     ] = None,
     consistency: Annotated[
-        list[str] | None, typer.Option(help="URL ending in /v1; without it no CC.")
+        list[str] | None,
+        typer.Option(help="Consistency server's URL, ending in /v1; without it no CC."),
     ] = None,
     half_for_missing: Annotated[
-        bool, typer.Option("--half-for-missing", help="CC 0.5 without objects, as Edit-R2's code.")
+        bool,
+        typer.Option("--half-for-missing", help="CC 0.5 without objects, as in Edit-R2's code."),
     ] = False,
     images: Sources = None,
     allow_outside: Outside = False,

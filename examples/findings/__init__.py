@@ -1,1 +1,1 @@
-"""The paper's findings, looked for in the shapes world; ``examples/ablations.py`` runs it."""
+"""Studies in the embedded worlds, such as the paper's findings: ``examples/ablations.py``."""

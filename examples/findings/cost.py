@@ -1,12 +1,12 @@
-"""Recipes with fewer forward passes, and what each loses beside the preset that it changes."""
+"""Settings with fewer forward passes, and claims of non-inferiority to the preset."""
 
 from __future__ import annotations
 
 from .settings import CONSISTENCY
 from .study import Claim, Finding, Setting, Study
 
-MARGIN = 3.0  # points of Overall(3)
-KL = {"objective.kl_coef": 0.01}  # shapes-nft has none, kontext-nft has
+MARGIN = 3.0  # margin of non-inferiority, points of Overall(3)
+KL = {"objective.kl_coef": 0.01}  # shapes-nft has no KL term, but kontext-nft has one
 OLD = {"objective.old_slope": 0.0}
 EIGHTH = {"objective.kl_share": 0.125}
 QUARTER = {"objective.kl_share": 0.25}

@@ -1,4 +1,4 @@
-"""Credit for a reward: when broadcasting it over the chain is right, and when it is not."""
+"""Settings and claims on credit assignment: broadcast over the chain, or per turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A figure for each finding."""
+"""Figures of findings."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def draw_finding(results: Results, finding: Finding, path: Path) -> None:
 
 
 def draw_long(long: Sequence[Run], path: Path) -> None:
-    """Draw success turn by turn on longer chains, before and after: every seed, and the means."""
+    """Draw metrics by turn on longer chains, before and after training: every seed, and means."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     metrics = {"marginal": "Marginal", "content_consistency": "CC", "overall": "Overall"}
     for axes, (metric, title) in zip(figure.subplots(1, 3), metrics.items(), strict=True):
@@ -53,6 +53,6 @@ def draw_long(long: Sequence[Run], path: Path) -> None:
 
 
 def plain(axes: Axes) -> None:
-    """Leave out two spines, and show a faint grid."""
+    """Hide two spines, and show a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.2)

@@ -1,4 +1,4 @@
-"""Training for long chains: recipes, and what each gives on chains of twenty turns."""
+"""Settings for training on long chains, evaluated on chains of twenty turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page of a study of long chains: measures of each recipe, differences, curves."""
+"""The page of a study of long chains: metrics of each recipe, differences, and curves."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ FOLLOWED, FAILED = "#2a8a4a", "#c8372d"  # frames of turns
 
 @dataclass(frozen=True)
 class Measure:
-    """One column.
+    """One column of the table.
 
     Attributes:
-        title: name in the table.
-        held_out: chains that it is of.
-        value: its value of an evaluation.
+        title: header of the column.
+        held_out: chains of the evaluation.
+        value: function from an evaluation to the value.
     """
 
     title: str
@@ -49,19 +49,19 @@ class Measure:
 
 
 def success_rate(evaluation: Evaluation, turn: int) -> float:
-    """SR@k, percent."""
+    """Return SR@k, percent: the share of chains whose turns up to k all succeed."""
     return evaluation.estimates["instruction_following"][turn - 1]
 
 
 def collapse(evaluation: Evaluation, turn: int) -> float:
-    """CR@k, percent: two pictures in a row are destroyed."""
+    """Return CR@k, percent: the share of chains with two destroyed pictures in a row."""
     flags = destroyed_below(evaluation.terms["consistency"], DESTROYED)
     rate = collapse_rate(flags.score.nan_to_num(0.0), valid=flags.measured)
     return 100 * float(rate[turn - 1])
 
 
 def wear_at(evaluation: Evaluation, turn: int) -> float:
-    """Mean absolute error outside all edits at a turn, percent of the range."""
+    """Return the mean absolute error outside all edits at a turn, percent of the range."""
     return 100 * float(evaluation.terms["wear"].score[:, turn - 1].nanmean())
 
 
@@ -79,7 +79,11 @@ MEASURES = (
 
 
 class LongResults:
-    """Measures of all settings and of the start, [settings, seeds], the start first."""
+    """Metrics of the untrained editor and all settings, [settings, seeds], in this order.
+
+    Raises:
+        ValueError: no seed is complete.
+    """
 
     def __init__(self, ablations: Ablations) -> None:
         self.seeds = ablations.complete_seeds()
@@ -98,21 +102,21 @@ class LongResults:
             self.evaluations[held_out] = [before, *after]
 
     def table(self, measure: Measure) -> Tensor:
-        """Values of a measure, float64 [settings, seeds]."""
+        """Return the values of a measure, float64 [settings, seeds]."""
         rows = [[measure.value(e) for e in row] for row in self.evaluations[measure.held_out]]
         return torch.tensor(rows, dtype=torch.float64)
 
     def mean(self, measure: Measure, row: int) -> SeedInterval:
-        """Mean over seeds of one setting."""
+        """Return the mean over seeds of one setting, with its t-interval."""
         return mean_interval(self.table(measure)[row])
 
     def change(self, measure: Measure, row: int) -> SeedInterval:
-        """Difference of a setting to the start, paired by seed."""
+        """Return the difference of a setting to the untrained editor, paired by seed."""
         return difference_interval(self.table(measure), row, 0)
 
 
 def write_long_page(ablations: Ablations, docs: Path, *, command: str) -> Path:
-    """Write the page and its figure from the seeds that are complete."""
+    """Write the page and its figures from the complete seeds; return the page's path."""
     results, study = LongResults(ablations), ablations.study
     docs.mkdir(parents=True, exist_ok=True)
     draw_curves(results).savefig(docs / f"{study.name}.png", dpi=120)

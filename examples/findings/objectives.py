@@ -1,4 +1,4 @@
-"""All objectives, credits, selections and guards of the library, beside each other."""
+"""Settings and claims that compare all objectives, credits, selections and guards."""
 
 from __future__ import annotations
 

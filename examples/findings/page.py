@@ -1,4 +1,4 @@
-"""The page: the paper's finding beside what was seen, and a verdict by rule."""
+"""The page of a study: the paper's findings, our results, and verdicts by a fixed rule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .study import EIGHT, Claim, Finding
 
 
 def write_page(ablations: Ablations, docs: Path, *, command: str) -> Path:
-    """Write the study's page and its figures from the seeds that are complete."""
+    """Write the study's page and figures from the complete seeds; return the page's path."""
     results, study = Results.read(ablations), ablations.study
     docs.mkdir(parents=True, exist_ok=True)
     for finding in study.findings:
@@ -31,7 +31,7 @@ def write_page(ablations: Ablations, docs: Path, *, command: str) -> Path:
 
 
 def document(results: Results, ablations: Ablations, *, command: str) -> str:
-    """Write the page as Markdown."""
+    """Return the page as Markdown."""
     study = results.study
     lines = [
         f"# {study.title}",

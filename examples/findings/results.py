@@ -1,4 +1,4 @@
-"""Numbers of all runs by setting and seed, and what they say of each claim."""
+"""Results of all runs by setting and seed, and of each claim."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ RATIO = "group/variance_ratio/following/consistency"
 
 @dataclass(frozen=True)
 class Results:
-    """All settings of a study with all seeds that are complete.
+    """Results of all settings of a study, for all complete seeds.
 
     Attributes:
-        study: What was compared.
-        runs: By the setting's name, one for each seed; the untrained one if it is compared, too.
-        long: The base run on longer chains, one for each seed, if the study looks at them.
+        study: The study.
+        runs: Runs by name of the setting, one per seed; with the untrained one if it is compared.
+        long: The base run on longer chains, one per seed; empty if the study has none.
     """
 
     study: Study
@@ -50,10 +50,10 @@ class Results:
 
     @classmethod
     def read(cls, ablations: Ablations) -> Results:
-        """Read the seeds that are complete.
+        """Read the results of all complete seeds.
 
         Raises:
-            ValueError: There is none.
+            ValueError: No seed is complete.
         """
         seeds = ablations.complete_seeds()
         if not seeds:
@@ -76,6 +76,7 @@ class Results:
         for seed in range(len(self.runs[self.study.base.name])):
             values = [chain_values(own[seed].after) for own in self.runs.values()]
             means = resampled_means(values, seed=seed)
+            # Overall is not linear, so it comes from each resample's IF and CC.
             means["overall"] = overall(means["instruction_following"], means["content_consistency"])
             for name, mean in means.items():
                 tables.setdefault(name, []).append(mean)
@@ -95,7 +96,7 @@ class Results:
         return mean_interval(torch.tensor(values, dtype=torch.float64))
 
     def mean(self, setting: Setting, metric: str) -> SeedInterval:
-        """Over seeds, after training."""
+        """Return the mean over seeds after training, with its t-interval."""
         return mean_interval(self.values(setting, metric))
 
     def difference(self, first: Setting, second: Setting, metric: str = "overall") -> SeedInterval:
@@ -103,11 +104,11 @@ class Results:
         return difference_interval(self.tables[metric], self._row(first), self._row(second))
 
     def claim(self, finding: Finding, claim: Claim) -> SeedInterval:
-        """By how much the setting that should be higher is."""
+        """Return the difference of a claim, with its t-interval over seeds."""
         return self.difference(*_compared(finding, claim), claim.metric)
 
     def over_chains(self, finding: Finding, claim: Claim) -> tuple[float, float]:
-        """Ends of the same difference's bootstrap interval over the chains of these seeds."""
+        """Return the bootstrap interval of the same difference over the chains of these seeds."""
         table = self._resampled[claim.metric]
         higher, lower = (table[:, self._row(x)] for x in _compared(finding, claim))
         return percentile_ends(higher - lower)
@@ -144,13 +145,13 @@ class Results:
 
 
 def _compared(finding: Finding, claim: Claim) -> tuple[Setting, Setting]:
-    """Return the setting that should be higher, and that which should be lower."""
+    """Return the settings that a claim expects to be higher and lower."""
     by_label = {setting.label: setting for setting in finding.settings}
     return by_label[claim.higher], by_label[claim.lower]
 
 
 def chain_values(evaluation: Evaluation) -> dict[str, Tensor]:
-    """Return the terms whose means are the metrics at the last turn, percent, ``[chains]``."""
+    """Return per-chain terms whose means are the metrics at the last turn, percent, ``[B]``."""
     last = {name: scores.score[:, -1].double() for name, scores in evaluation.terms.items()}
     return {
         "instruction_following": 100 * evaluation.success.all(dim=1).double(),
@@ -161,7 +162,7 @@ def chain_values(evaluation: Evaluation) -> dict[str, Tensor]:
 
 
 def at_last(evaluation: Evaluation, metric: str) -> float:
-    """A metric at the last turn, in percent."""
+    """Return a metric at the last turn, in percent."""
     value = evaluation.estimates[metric][-1]
     return 100 * value if metric == "strict" else value
 

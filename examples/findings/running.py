@@ -1,6 +1,6 @@
-"""Every setting with every seed: trained in a process of its own, then evaluated exactly.
+"""Train every setting with every seed in a subprocess, then evaluate it exactly.
 
-Finished runs are kept, if they were made with the same settings, and one that was cut off goes on.
+Finished runs with the same settings are kept, and interrupted ones resumed.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from mteditflow.training import Checkpoints, read_metrics
 from .study import BASE_RUN, EIGHT, THREE, HeldOut, Setting, Study, words_of
 
 SCRIPTS = Path(__file__).parents[1]
-PARSING = Lock()  # tyro's parser is not for several threads at once
-EVALUATING = Lock()  # while one thread loads a model, libraries change torch.nn.Module for all
-PLACES = {  # fields that say where files are
+PARSING = Lock()  # tyro's parser is not thread-safe
+EVALUATING = Lock()  # libraries patch torch.nn.Module for all threads while one loads a model
+PLACES = {  # fields with paths, which may differ between equal runs; None: the whole section
     "model": ("path", "lora"),
     "data": ("chains", "held_out"),
     "teacher": ("path",),
@@ -44,12 +44,12 @@ PLACES = {  # fields that say where files are
 
 @dataclass(frozen=True)
 class Form:
-    """How much is run."""
+    """Size of a study."""
 
     seeds: tuple[int, ...]
     rounds: int
-    train: int  # chains
-    held_out: int  # chains of each length
+    train: int  # training chains
+    held_out: int  # held-out chains of each length
 
 
 FULL = Form((0, 1, 2), rounds=20, train=480, held_out=512)
@@ -61,9 +61,9 @@ class Run:
     """Evaluations and metrics of a setting with a seed.
 
     Attributes:
-        before: of the untrained model, at the run's steps.
-        after: of the same chains, after training.
-        metrics: of each round.
+        before: evaluation of the untrained model, with the run's denoising steps.
+        after: evaluation on the same chains after training.
+        metrics: metrics of each round.
     """
 
     before: Evaluation
@@ -73,7 +73,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Ablations:
-    """Runs of a study in a folder, of one form."""
+    """Runs of a study of one size, in a folder."""
 
     folder: Path
     form: Form
@@ -82,10 +82,10 @@ class Ablations:
     _held: dict[tuple[str, int], Lock] = field(default_factory=dict)
 
     def run_all(self, workers: int) -> list[str]:
-        """Run what is missing, seed by seed, some at a time; stop all trainers if stopped.
+        """Run missing jobs, seed by seed, ``workers`` at a time; stop all trainers on interruption.
 
         Returns:
-            What went wrong, if anything did: the other runs are done all the same.
+            One message per failed run; a failure does not stop the other runs.
         """
         for seed in self.form.seeds:
             self._write_chains(seed)
@@ -100,7 +100,7 @@ class Ablations:
 
     @property
     def total(self) -> int:
-        """Runs of all settings with all seeds."""
+        """Number of runs of all settings with all seeds."""
         return len(self._jobs)
 
     @property
@@ -110,7 +110,7 @@ class Ablations:
         return [(setting, seed) for seed in self.form.seeds for setting in settings]
 
     def missing(self) -> list[tuple[Setting, int]]:
-        """Settings with the seeds with which they are not done."""
+        """Return the settings and seeds whose evaluations are missing."""
         pairs = [
             (setting, seed) for seed in self.form.seeds for setting in self.study.settings.values()
         ]
@@ -121,32 +121,32 @@ class Ablations:
         ]
 
     def complete_seeds(self) -> list[int]:
-        """Seeds with which every setting is done."""
+        """Return the seeds for which every setting is complete."""
         missing = {seed for _, seed in self.missing()}
         return [seed for seed in self.form.seeds if seed not in missing]
 
     def result(self, setting: Setting, seed: int, held_out: HeldOut = THREE) -> Run:
-        """Read what came of a run that is done."""
+        """Read the evaluations and metrics of a complete run."""
         before = self._before(seed, self._config(setting, seed).evaluation.steps, held_out)
         after = self._after(setting, seed, held_out)
         metrics = read_metrics(self._run(setting, seed) / "metrics.jsonl")
         return Run(Evaluation.read(before), Evaluation.read(after), metrics)
 
     def long(self, seed: int) -> Run:
-        """Read what the base run made of longer chains."""
+        """Read the evaluations of the base run on longer chains."""
         files = (self._before(seed, 4, EIGHT), self._after(self.study.base, seed, EIGHT))
         return Run(*map(Evaluation.read, files), metrics=())
 
     def images(
         self, setting: Setting | None, seed: int, held_out: HeldOut, rows: Sequence[int]
     ) -> list[list[Image]]:
-        """Edit some held-out chains by what a run has learned; by the untrained model if None."""
+        """Edit some held-out chains with a run's LoRA; None: with the untrained model."""
         adapter = None if setting is None else self._lora(setting, seed)
         edit, chains = self.study.world.edit, self._chains(seed, held_out)
         return edit(self._world(seed) / "model", chains, seed=seed, adapter=adapter, rows=rows)[1]
 
     def arguments(self, setting: Setting, seed: int) -> list[str]:
-        """The trainer's command line."""
+        """Return the arguments of the trainer's command line."""
         world, output = self._world(seed), self._run(setting, seed)
         given: dict[str, object] = {
             "model.path": world / "model",
@@ -154,7 +154,7 @@ class Ablations:
             "data.held_out": None,
             "training.rounds": self._asked(setting),
             "training.seed": seed,
-            "safety.collapse_drop": 1,  # a collapse is a finding, too
+            "safety.collapse_drop": 1,  # never stop: a collapse is a result, too
             "output.folder": output,
             "output.keep": 1,
             "output.strips_every": 0,
@@ -181,17 +181,17 @@ class Ablations:
         return max(1, rounds * self.form.rounds // self.study.rounds)
 
     def _lora(self, setting: Setting, seed: int) -> Path:
-        """Return the folder of what a run has learned."""
+        """Return the folder of a run's final LoRA."""
         return self._run(setting, seed) / f"checkpoints/round-{self._asked(setting):06d}" / "lora"
 
     def _needs(self, setting: Setting) -> list[Setting]:
-        """Return the settings whose runs come before one of the same seed."""
+        """Return the settings whose runs of the same seed must precede a run."""
         taught = setting.options.get("teacher.path") == BASE_RUN
         before = [self.study.base if taught else None, setting.after]
         return [x for x in before if x is not None]
 
     def _attempt(self, setting: Setting, seed: int) -> str | None:
-        """Train and evaluate what is missing; what went wrong, if anything did."""
+        """Train and evaluate unless done; return an error message, if any."""
         try:
             self._train(setting, seed)
             with EVALUATING:
@@ -204,10 +204,10 @@ class Ablations:
         return None
 
     def _train(self, setting: Setting, seed: int) -> None:
-        """Train to the last round, and first what the run starts from.
+        """Train to the last round, after the runs that this one starts from.
 
         Raises:
-            ValueError: what is there was made with other settings.
+            ValueError: the existing run has other settings.
             RuntimeError: the trainer failed, or was stopped.
         """
         for before in self._needs(setting):
@@ -216,12 +216,12 @@ class Ablations:
             self._train_alone(setting, seed)
 
     def _training(self, setting: Setting, seed: int) -> Lock:
-        """Return what only the thread that trains a run may hold."""
+        """Return the lock of a run, so that only one thread trains it."""
         with PARSING:
             return self._held.setdefault((setting.name, seed), Lock())
 
     def _train_alone(self, setting: Setting, seed: int) -> None:
-        """Train to the last round, unless that is done."""
+        """Train to the last round in a subprocess, unless done."""
         if self._rounds(setting, seed) < self._asked(setting):
             script = SCRIPTS / setting.script
             command = [sys.executable, str(script), *self.arguments(setting, seed)]
@@ -235,22 +235,27 @@ class Ablations:
                 raise RuntimeError(f"{' '.join(command)} did not end well:\n{said[-2000:]}")
 
     def _rounds(self, setting: Setting, seed: int) -> int:
-        """Rounds that are done and saved; compare how they were made."""
+        """Return the number of saved rounds.
+
+        Raises:
+            ValueError: they were trained with other settings.
+        """
         found = Checkpoints(self._run(setting, seed) / "checkpoints").find("auto")
         if found is None:
             return 0
         config = self._config(setting, seed)
         try:
-            made = _without_places(typed(found.state["config"], type(config)))  # newer: defaults
-        except ConfigError:  # fields that there are no more
-            made = {}
-        if made != _without_places(config):
+            # Fields newer than the checkpoint get their defaults.
+            before = _without_places(typed(found.state["config"], type(config)))
+        except ConfigError:  # the checkpoint has fields that no longer exist
+            before = {}
+        if before != _without_places(config):
             folder = self._run(setting, seed)
             raise ValueError(f"{folder}: expected a run of {setting}, got another; remove it")
         return found.round
 
     def _evaluate(self, setting: Setting, seed: int, held_out: HeldOut) -> None:
-        """Evaluate a run and the untrained model, unless it is done."""
+        """Evaluate a run and the untrained model, unless done."""
         steps = self._config(setting, seed).evaluation.steps
         world, chains = self._world(seed), self._chains(seed, held_out)
         before, after = self._before(seed, steps, held_out), self._after(setting, seed, held_out)
@@ -264,7 +269,7 @@ class Ablations:
             evaluate(world / "model", chains, **common).write(after)
 
     def _write_chains(self, seed: int) -> None:
-        """Write the editor and the chains of a seed, unless they are there."""
+        """Write the editor and the chains of a seed, unless they exist."""
         trained = self.study.train_turns
         longer = () if self.study.longer is None else (EIGHT,)
         parts = {trained: 1} | {x.turns: x.part for x in (*self.study.held_out, *longer)}
@@ -301,7 +306,7 @@ class Ablations:
 
 
 def _without_places(config: Config) -> dict[str, Any]:
-    """Fields without those that say where files are."""
+    """Return the fields of a configuration without paths."""
     kept: dict[str, Any] = {}
     for section, values in dumped(config).items():
         places = PLACES.get(section, ())

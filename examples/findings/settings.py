@@ -1,4 +1,4 @@
-"""The paper's findings: what is compared, what the paper found, and why it differs here."""
+"""Settings and claims for the paper's findings, with explanations of differences."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ PAPER = Study(
 
 
 def in_pictures(study: Study, *, seeds: tuple[int, ...]) -> Study:
-    """Return a study of the shapes world as one of the world of pictures, without its reasons."""
+    """Return a study of the shapes world, moved to the world of pictures without its reasons."""
 
     def moved(setting: Setting) -> Setting:
         options = {

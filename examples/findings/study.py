@@ -1,4 +1,4 @@
-"""Parts of a study: settings, claims of which is higher, findings on a page."""
+"""Parts of a study: settings, claims that compare them, and findings."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .worlds import SHAPES, World
 
 @dataclass(frozen=True)
 class Setting:
-    """Options of the trainer over a preset; equal ones are one run, whoever compares it.
+    """Options of the trainer in addition to a preset; equal settings share one run.
 
     Attributes:
         label: name in tables and figures.
-        options: field to value, such as ``{"training.rounds": 3}``; "objective" is the name of
+        options: values by field, such as ``{"training.rounds": 3}``; "objective" is the name of
             another objective of the preset's kind.
         preset: name of the preset.
         script: program in ``examples/``.
-        after: setting whose LoRA, of the same seed, the run goes on from.
+        after: setting whose LoRA, of the same seed, the run starts from.
     """
 
     label: str
@@ -31,14 +31,14 @@ class Setting:
 
     @property
     def words(self) -> list[str]:
-        """The options as the command line takes them, the objective first."""
+        """Options as arguments of the command line, the objective first."""
         options = dict(self.options)
         objective = options.pop("objective", None)
         return [*([] if objective is None else [f"objective:{objective}"]), *words_of(options)]
 
     @property
     def name(self) -> str:
-        """Name of the run's folder: script, unless it is the usual one, preset and options."""
+        """Name of the run's folder: script if not the default, preset, options and start."""
         scripts = [] if self.script == Setting.script else [Path(self.script).stem]
         changed = [f"{key}={value}" for key, value in sorted(self.options.items())]
         before = [] if self.after is None else ["after", self.after.name]
@@ -60,7 +60,7 @@ def words_of(options: Mapping[str, object]) -> list[str]:
 class Claim:
     """Claim that a metric is higher in one setting than in another, by their labels.
 
-    With a margin, in points: that it is higher than the other's less the margin (non-inferiority).
+    With a margin, in points, the claim is non-inferiority: higher than the other minus the margin.
     """
 
     higher: str
@@ -71,15 +71,15 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """Settings that are compared, what is claimed of them, and why it differs here."""
+    """Compared settings, claims about them, and an explanation of the results."""
 
     name: str
     title: str
     settings: tuple[Setting, ...]
     claims: tuple[Claim, ...]
-    paper: str = ""  # what the paper says of it
-    note: str = ""  # what a reader must know of the comparison
-    why: str = ""  # written by hand after the runs
+    paper: str = ""  # the paper's finding
+    note: str = ""  # conditions of the comparison
+    why: str = ""  # explanation, written by hand after the runs
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ class HeldOut:
     """Held-out chains of one length.
 
     Attributes:
-        turns: instructions of each.
+        turns: instructions of each chain.
         no_change: whether every turn asks for no change.
-        part: one of how many of the study's held-out chains; long ones take long.
+        part: divisor of the study's number of held-out chains, for long chains.
     """
 
     turns: int
@@ -98,7 +98,7 @@ class HeldOut:
 
     @property
     def name(self) -> str:
-        """Part of the names of files of evaluations."""
+        """Part of the file names of evaluations."""
         return f"{'no-change-' if self.no_change else ''}{self.turns}-turns"
 
     @property
@@ -115,17 +115,17 @@ class Study:
     """Findings on one page.
 
     Attributes:
-        name: of the page, and of the folder of its runs.
-        title: of the page.
-        base: the setting that others are compared with.
-        about: what the base run is, in words.
-        answer: what the study says, in a paragraph; written by hand after the runs.
-        findings: with their settings; `UNTRAINED` may be among them.
-        longer: what the paper says of longer chains, and why it differs here; None: not looked at.
+        name: name of the page, and of the folder of its runs.
+        title: title of the page.
+        base: setting that others are compared with.
+        about: description of the base run.
+        answer: conclusion in a paragraph, written by hand after the runs.
+        findings: findings with their settings; these may include ``UNTRAINED``.
+        longer: finding on longer chains; None: not evaluated.
         seeds: seeds of a full study.
-        world: embedded world that it trains in.
-        train_turns: instructions of the chains on disk that are trained on.
-        held_out: chains that every setting is evaluated on.
+        world: embedded world of training and evaluation.
+        train_turns: instructions of the training chains on disk.
+        held_out: held-out chains on which every setting is evaluated.
         rounds: rounds of a full run.
         chains: held-out chains of each length, in a full study.
     """
@@ -152,5 +152,5 @@ class Study:
         return {s.name: s for s in each}
 
 
-BASE_RUN = "base"  # as a teacher: what the base run of the same seed has become
+BASE_RUN = "base"  # value of teacher.path: the trained base run of the same seed
 UNTRAINED = Setting("untrained", preset="untrained")

@@ -1,4 +1,4 @@
-"""Embedded worlds that a study trains and evaluates in."""
+"""Embedded worlds in which studies train and evaluate."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from mteditflow.evaluation import Evaluation
 
 
 class Write(Protocol):
-    """Writes an editor and chains for training and held out, ``counts`` of them, to a folder."""
+    """Function that writes an editor, training chains and held-out chains to a folder."""
 
     def __call__(self, folder: Path, *, seed: int, counts: tuple[int, int], turns: int) -> None:
-        """Write all files."""
+        """Write all files; ``counts`` are the numbers of training and held-out chains."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class World:
 
     Attributes:
         name: first part of the names of its presets.
-        title: name in a page.
-        write: writes its files.
-        last: file that is written last.
-        evaluate: edits held-out chains and scores them exactly, as ``evaluate_held_out``.
-        edit: edits held-out chains, as ``edit_held_out``.
+        title: name on a page.
+        write: function that writes its files.
+        last: file that is written last, so that its existence means that all are complete.
+        evaluate: edits held-out chains and scores them exactly, like ``evaluate_held_out``.
+        edit: edits held-out chains, like ``edit_held_out``.
     """
 
     name: str

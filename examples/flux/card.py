@@ -1,4 +1,4 @@
-"""The model card of an exported LoRA: what it is, how it was trained, what was measured."""
+"""The model card of an exported LoRA: origin, training, and measurements."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mteditflow.objectives import OBJECTIVES
 from mteditflow.training import Checkpoint
 
 MARK = "<!-- written by mteditflow export -->"
-SHOWN = ("objective", "sampling", "training")  # of their paths, the last parts alone
+SHOWN = ("objective", "sampling", "training")  # sections in the card; paths are shortened
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 USE = {
     "diffusers": """With this folder as the current one:
@@ -30,12 +30,12 @@ pipe.load_lora_weights(".", weight_name="{file}")
 
 @dataclass(frozen=True)
 class Exported:
-    """An exported LoRA and the run that it is of.
+    """An exported LoRA and its run.
 
     Attributes:
-        found: the checkpoint.
-        output: the file.
-        form: its format, "diffusers" or "comfyui".
+        found: exported checkpoint.
+        output: file of the LoRA.
+        form: format of the file, "diffusers" or "comfyui".
     """
 
     found: Checkpoint
@@ -63,9 +63,9 @@ class Exported:
         return [x for x in found if x.round <= self.found.round]
 
     def strip(self) -> Path | None:
-        """Return a picture of chains: that of the end, else the last of training, if there is one.
+        """Return the newest picture of chains up to the checkpoint; None: there is none.
 
-        That of the end is of the last round, and is not taken for a checkpoint before it.
+        ``chains.png`` shows the last round, so earlier checkpoints get a picture from training.
         """
         last = self.run / "chains.png"
         if self.found.round == self.config["training"]["rounds"] and last.is_file():
@@ -75,11 +75,11 @@ class Exported:
 
 
 def model_card(exported: Exported, strip: str | None) -> str:
-    """Return the card as Markdown, with the front matter that Hugging Face reads.
+    """Return the card as Markdown, with front matter for Hugging Face.
 
     Args:
         exported: the LoRA.
-        strip: name of the picture beside the card; None: there is none.
+        strip: file name of the picture next to the card; None: no picture.
     """
     config, base = exported.config, str(exported.config["model"]["path"])
     card = OBJECTIVES[config["objective"]["name"]].card
@@ -106,14 +106,14 @@ def model_card(exported: Exported, strip: str | None) -> str:
 
 
 def _shown(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return sections of a configuration, with no folder of this machine in them."""
+    """Return sections of a configuration without paths of this machine."""
     shown = {name: dict(config[name]) for name in SHOWN}
     shown["sampling"] |= _few_steps(config)
     return shown
 
 
 def _few_steps(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return which sibling and which LoRA sampled; a checkpoint may be of before there were any."""
+    """Return the sibling and few-step LoRA of sampling; older checkpoints have no such fields."""
     given = {name: config["sampling"].get(name) for name in ("model", "lora")}
     return {name: _short(str(path)) for name, path in given.items() if path is not None}
 
@@ -126,7 +126,7 @@ def _front_matter(base: str) -> str:
 
 
 def _facts(exported: Exported) -> Iterator[tuple[str, str]]:
-    """Yield what the LoRA is and how it was trained."""
+    """Yield name and value of each row of the card's table."""
     config, found = exported.config, exported.found
     model, data, training = config["model"], config["data"], config["training"]
     card = OBJECTIVES[config["objective"]["name"]].card
@@ -153,7 +153,7 @@ def _facts(exported: Exported) -> Iterator[tuple[str, str]]:
 
 
 def _evaluation(exported: Exported) -> Iterator[str]:
-    """Yield the metrics before training, where they are known, and of the last evaluation."""
+    """Yield the section on evaluation: metrics of the first evaluation and of the last."""
     found = exported.evaluations()
     if not found:
         yield "None: up to this checkpoint no held-out chains were scored."
@@ -192,7 +192,7 @@ def _table(head: tuple[str, ...], rows: Any) -> str:
 
 
 def _short(path: str) -> str:
-    """Return a hub id, or the last two parts of a folder."""
+    """Return a Hub id as it is, or the last two parts of a path."""
     return "/".join(Path(path).parts[-2:])
 
 

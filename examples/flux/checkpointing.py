@@ -1,4 +1,4 @@
-"""Checkpoints of a run: what is in them, when they are written, and how a run goes on from one."""
+"""Checkpoints of a run: content, schedule, and resuming."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from .run import Run
 
 
 def restore(run: Run) -> None:
-    """Go on from the checkpoint that was found, if there is one; a collective call.
+    """Restore the checkpoint in ``run.found``, if any; a collective call.
 
     Raises:
-        ConfigError: ranks have found different ones.
+        ConfigError: ranks found different checkpoints.
     """
     found = run.found
     (rounds,), _ = gather_ranks(torch.tensor([found.round if found else 0], device=run.device))
@@ -47,10 +47,10 @@ def restore(run: Run) -> None:
 def cut_back(
     found: Checkpoint | None, checkpoints: Checkpoints, log: RunLog, held_out: HeldOut | None
 ) -> None:
-    """Let nothing in a run's folder be of rounds after a checkpoint; without one, of any round.
+    """Remove everything of rounds after a checkpoint from a run's folder; None: of all rounds.
 
-    Later checkpoints step aside before anything is cut. A kill in between then leaves one history:
-    the last checkpoint, and numbers of the rounds that led to it.
+    Later checkpoints are set aside before metrics and evaluations are cut. A kill in between then
+    leaves one history: the last checkpoint, and metrics that include all rounds before it.
     """
     if found is not None and checkpoints.holds(found):
         aside = [str(path) for path in checkpoints.set_aside_after(found)]
@@ -70,7 +70,7 @@ def _left_report(folder: Path) -> str:
 
 
 def save_if_due(run: Run, *, evaluated: bool) -> None:
-    """Save after the last round, every ``output.checkpoint_every`` rounds, and once evaluated."""
+    """Save after the last round, every ``output.checkpoint_every`` rounds, and when evaluated."""
     done, config = run.state.done, run.config
     last = done == config.training.rounds
     if evaluated or last or done % config.output.checkpoint_every == 0:
@@ -78,20 +78,22 @@ def save_if_due(run: Run, *, evaluated: bool) -> None:
 
 
 def save_if_new(run: Run) -> None:
-    """Save what the last checkpoint does not hold, unless a round is only half done."""
+    """Save unless the last checkpoint is current, or an update of the round has begun."""
     if run.between and run.saved != run.state.done:
         save(run)
 
 
 def save(run: Run, *, evaluated: bool = False) -> None:
-    """Write a checkpoint of the run as it is between two rounds; a collective call.
+    """Write a checkpoint of the run between two rounds; a collective call.
 
     Args:
         run: the run.
-        evaluated: whether its policy is the one that was evaluated last.
+        evaluated: whether the last evaluation is of this policy, so that its score ranks the
+            checkpoint.
     """
     state, policy = run.state, run.config.evaluation.policy
     with run.log.stopwatch.phase("saving"):
+        # On all ranks: under FSDP2, gathering sharded tensors is collective.
         tensors = {name: run.policies.state_dict(name) for name in _trained(run)}
         tensors["optimizer"], values = optimizer_state(run.optimizer)
         kept = {
@@ -129,18 +131,21 @@ def save(run: Run, *, evaluated: bool = False) -> None:
 
 
 def _evaluated_before(run: Run) -> list[int]:
-    """Return the rounds that were evaluated before this one, which may be saved before it is."""
+    """Return the evaluated rounds before this one, whose own evaluation may come after saving."""
     rounds = run.held_out.rounds() if run.held_out is not None else []
     return [done for done in rounds if done < run.state.done]
 
 
 def _trained(run: Run) -> tuple[str, ...]:
-    """Return the policies that have weights of their own."""
+    """Return the policies with their own weights; the average exists if ``ema_decay`` > 0."""
     return ("current", "old", "ema")[: 3 if run.config.training.ema_decay > 0 else 2]
 
 
 def _load(run: Run, found: Checkpoint) -> None:
-    """Take everything from a checkpoint but the order of chains, which the sampler has."""
+    """Restore all state of a checkpoint, except the sampler's, which ``read_inputs`` restores.
+
+    Keys read by ``get`` are missing in checkpoints of older versions.
+    """
     state, kept = run.state, found.state
     for name in _trained(run):
         run.policies.load_state_dict(found.tensors(name), name)
@@ -151,6 +156,7 @@ def _load(run: Run, found: Checkpoint) -> None:
     run.alarms = kept.get("alarms", [])
     if state.floor is not None:
         value = kept.get("multipliers", {}).get("consistency", 0.0)
+        # The maximum may have been lowered since the checkpoint.
         state.floor = replace(state.floor, value=min(value, state.floor.maximum))
     if state.kl is not None and kept.get("kl_coef") is not None:
         state.kl = replace(state.kl, value=kept["kl_coef"])
@@ -162,5 +168,5 @@ def _load(run: Run, found: Checkpoint) -> None:
     if kept.get("teacher") is not None:
         state.teacher = [SessionCounts(*counts) for counts in kept["teacher"]]
     state.done, state.updates, state.skipped = found.round, kept["updates"], kept["skipped"]
-    if run.checkpoints.holds(found):
+    if run.checkpoints.holds(found):  # a checkpoint of another folder is not saved in this one
         run.saved = state.done

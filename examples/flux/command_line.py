@@ -1,4 +1,4 @@
-"""The command line: a preset or a TOML file, another objective, any field over it."""
+"""The command line: a preset or a TOML file, then an objective and fields that override it."""
 
 from __future__ import annotations
 
@@ -30,39 +30,39 @@ else:
 PRESETS = Path(__file__).parent / "presets"
 HELP = ("-h", "--help")
 WEIGHT = "--rewards.weights."
-# Of the boxes that tyro draws around errors, in ASCII where a terminal has nothing better.
+# tyro draws boxes around errors, in ASCII where the terminal has no Unicode.
 STYLE, RULE = re.compile(r"\x1b\[[0-9;]*m"), re.compile(r"[-─]{4}")
 FRAME = re.compile(r"^\s*[│╭╰|+]|[│╮╯|+]\s*$")
 
 
 def parse_or_exit(arguments: Sequence[str], kind: type[Config] = Config) -> Config:
-    """Read the command line as ``parse`` does; what is wrong ends the program with one line.
+    """Parse the command line as ``parse`` does, and exit with one line if it is wrong.
 
     Raises:
-        SystemExit: with 2, the command line is wrong or empty; with 0, it asks for help.
+        SystemExit: code 2 if the command line is wrong or empty, 0 after printing help.
     """
     try:
         with reader_may_leave():
             return parse(arguments, kind)
     except ConfigError as error:
         refuse("; ".join(str(error).splitlines()))
-    sys.exit(0)  # the reader of the help has left, and that ended the printing
+    sys.exit(0)  # only reached if the reader of the help closed the pipe, as in help | head
 
 
 def parse(
     arguments: Sequence[str], kind: type[Config] = Config, *, services: bool = True
 ) -> Config:
-    """Read the command line: a preset's name or a TOML file, then any field over it.
+    """Parse the command line: a preset's name or a TOML file, then fields that override it.
 
     Args:
         arguments: such as ``["kontext-nft", "objective:awm", "--objective.clip-low", "1e-3"]``.
         kind: class of the configuration.
-        services: whether it has to say who scores.
+        services: whether a judge or scorer is required.
 
     Raises:
         ConfigError: the command line cannot be parsed; or a field is out of range, has no effect,
-            or goes with no other.
-        SystemExit: there are no words, or they ask for help.
+            or conflicts with another.
+        SystemExit: ``arguments`` is empty or asks for help.
     """
     words = list(arguments)
     if not words or words[0] in HELP:
@@ -84,17 +84,20 @@ def parse(
 
 
 def _with_terms(base: Config, words: Sequence[str]) -> Config:
-    """Return a preset with a weight for every reward that the words name: parsing needs its key."""
+    """Return a preset with weight 0 for each new reward on the command line.
+
+    tyro parses only options of keys that the default dictionary has.
+    """
     named = [word.removeprefix(WEIGHT).partition("=")[0] for word in words if WEIGHT in word]
     weights = dict.fromkeys(named, 0.0) | base.rewards.weights
     return replace(base, rewards=replace(base.rewards, weights=weights))
 
 
 def _with_fields(base: Config, words: Sequence[str]) -> Config:
-    """Return a configuration with the fields that words of the command line give.
+    """Return a configuration with the fields of the command line in place of its own.
 
     Raises:
-        ConfigError: they cannot be parsed.
+        ConfigError: the arguments cannot be parsed.
     """
     said = io.StringIO()
     try:
@@ -103,6 +106,7 @@ def _with_fields(base: Config, words: Sequence[str]) -> Config:
                 type(base),
                 default=base,
                 args=words,
+                # The objective's class is chosen before, so its union needs no subcommands.
                 config=(tyro.conf.AvoidSubcommands,),
                 add_help=False,
             )
@@ -112,7 +116,7 @@ def _with_fields(base: Config, words: Sequence[str]) -> Config:
 
 
 def _in_a_line(box: str) -> str:
-    """Return what a box says, its title and rules left out."""
+    """Return the first message in an error box of tyro, without frame, title and rules."""
     lines = [FRAME.sub("", STYLE.sub("", line)).strip() for line in box.splitlines()]
     parts = [[]]
     for line in lines[1:]:
@@ -124,7 +128,7 @@ def _in_a_line(box: str) -> str:
 
 
 def overview(kind: type[Config]) -> str:
-    """Return the page that the bare command and ``--help`` print."""
+    """Return the help page of the command without a preset."""
     program = Path(sys.argv[0]).name
     presets = "\n".join(
         f"  {path.stem:<20} {_about(path.read_text(encoding='utf-8'))}"
@@ -172,7 +176,12 @@ def _plain_words(words: Sequence[str]) -> Iterator[str]:
 
 
 def _help(preset: str, config: Config, wanted: Sequence[str]) -> None:
-    """Print the sections of a preset, or the fields of one with their values there, and exit."""
+    """Print the sections of a preset, or the fields of some sections with their values; exit.
+
+    Raises:
+        ConfigError: a section does not exist.
+        SystemExit: code 0, after the help.
+    """
     sections = {f.name: getattr(config, f.name) for f in fields(config)}
     unknown = [name for name in wanted if name not in sections]
     if unknown:
@@ -189,10 +198,10 @@ def _help(preset: str, config: Config, wanted: Sequence[str]) -> None:
 
 
 def _preset(name: str, kind: type[Config]) -> Config:
-    """Read a preset by name, or a file.
+    """Read a preset by name, or a TOML file by path.
 
     Raises:
-        ConfigError: there is none, or it cannot be read.
+        ConfigError: the preset does not exist, or the file cannot be read.
     """
     path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
     names = [path.stem for path in sorted(PRESETS.glob("*.toml"))]
@@ -207,17 +216,18 @@ def _preset(name: str, kind: type[Config]) -> Config:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except RecursionError:
         raise ConfigError(f"{path}: expected fields, got too many tables in each other") from None
-    except ValueError as error:  # of TOML, its encoding or a number of thousands of digits
+    except ValueError as error:  # bad TOML or UTF-8, or an integer of over 4,300 digits
         raise ConfigError(f"{path}: {error}") from error
 
 
 def _other_objective(before: Objective, word: str, program: type[Config]) -> Objective:
-    """Return another objective of the same kind, with the fields that both have and it can use.
+    """Return another objective of the same kind; fields that both have keep their values.
 
     Raises:
-        ConfigError: there is none of the name, or it is of another kind.
+        ConfigError: the objective does not exist, or is of another kind.
     """
     name = word.removeprefix("objective:")
+    # The family is the direct base class, such as ForwardObjective or ReplayObjective.
     family, rewarded = type(before).__mro__[1], program is Config
     fitting = [
         n for n, c in OBJECTIVES.items() if c.card.rewarded == rewarded and issubclass(c, family)

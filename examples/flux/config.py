@@ -1,4 +1,4 @@
-"""Options of a run: dataclasses, read strictly from files and words."""
+"""Options of a run: dataclasses, read strictly from TOML files and the command line."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from mteditflow.training import DepthCurriculum, scheduled_turns
 from .spelling import hint
 
 RESUME = ("auto", "best", "never")
-IDENTITY = "identity"  # reward of turns that ask for no change, which no scorer is shown
-CONSECUTIVE = "consecutive"  # consistency with the turn before, beside that with the reference
-SERVED = ("following", "consistency", CONSECUTIVE, IDENTITY)  # rewards that need no scorer
+IDENTITY = "identity"  # reward of identity turns, computed from pixels; no scorer sees them
+CONSECUTIVE = "consecutive"  # consistency with the previous turn, in addition to the reference
+SERVED = ("following", "consistency", CONSECUTIVE, IDENTITY)  # rewards without a custom scorer
 _Kind = TypeVar("_Kind")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -40,7 +40,7 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 PositiveShare = Annotated[float, Field(gt=0, le=1)]
-# On the command line one word of JSON; a table in a preset file.
+# One JSON argument on the command line; a table in a preset file.
 JsonObject = Annotated[
     dict[str, Any],
     tyro.constructors.PrimitiveConstructorSpec(
@@ -55,130 +55,132 @@ JsonObject = Annotated[
 
 @dataclass(frozen=True)
 class Model:
-    """The editor, and how it is held and run."""
+    """The editing pipeline: weights, adapters, precision and memory."""
 
     path: str = "black-forest-labs/FLUX.1-Kontext-dev"
-    """Hub id or folder of a pipeline in diffusers format that edits an image or makes one of a
-    text."""
+    """Pipeline in diffusers format, image editing or text to image: a Hub id or a folder."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and arithmetic; adapters, log-probs and losses are float32 in either."""
     resolution: Count = 512
-    """Side of all images, pixels; references are cropped to a square of it. With data.fit buckets
-    the root of their area."""
+    """Side of all images in pixels; references are cropped to this square. With data.fit buckets:
+    the square root of an image's area."""
     guidance: NonNegative = 2.5
-    """Scale of guidance: embedded for Kontext and FLUX.2-dev, else classifier-free, as klein's. The
-    pipeline's guidance_scale, of Qwen-Image-Edit true_cfg_scale."""
+    """Guidance scale: embedded for Kontext and FLUX.2-dev, classifier-free for others such as
+    klein. Passed to the pipeline as guidance_scale, to Qwen-Image-Edit as true_cfg_scale."""
     options: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
-    """Further arguments of the pipeline call; in preset files alone."""
+    """Further arguments of the pipeline call; in preset files only."""
     lora_rank: Count = 64
     """Rank of the adapters."""
     lora_alpha: Count = 128
-    """Their scale is alpha / rank."""
+    """LoRA alpha; the adapters are scaled by alpha / rank."""
     lora_targets: tuple[str, ...] = ()
-    """Names of the modules that get adapters; without a value: attention and feed-forward of all
-    blocks."""
+    """Names of the modules that get adapters; empty: attention and feed-forward of all blocks."""
     lora: Path | None = None
     """LoRA to start from, a folder or file in diffusers' format; None: the base model."""
     lora_start: Literal["continue", "freeze"] = "continue"
-    """continue: train it, with its modules and rank; freeze: train a new one above it. What a run
-    saves holds both."""
+    """continue: train model.lora, with its modules and rank; freeze: keep it fixed and train a new
+    LoRA on top. Checkpoints contain both."""
     lora_reference: Literal["base", "start"] = "base"
-    """Reference of objective.kl_coef: the base model, or it with the LoRA of model.lora."""
+    """Reference policy of objective.kl_coef. base: the base model; start: the base model with
+    model.lora."""
     checkpointing: bool = True
     """Recompute activations in the backward pass: less memory; an update takes 24% (NFT) to 45%
     (GRPO) more operations."""
     kept_blocks: Natural = 0
-    """Blocks, the last ones, whose activations checkpointing keeps: for memory that is left over;
-    mteditflow budget says how many fit."""
+    """Number of last blocks whose activations are kept despite checkpointing; raise it if memory is
+    left over. mteditflow budget computes how many fit."""
     compile: bool = False
-    """Compile the repeated blocks with torch.compile: minutes at the start, faster after."""
+    """Compile the repeated blocks with torch.compile: minutes at the start, faster steps."""
     attention: str | None = None
     """Attention backend by diffusers' name, such as flash or sage; None: torch's own."""
     quantize: Literal["none", "int8", "nf4"] = "none"
-    """Hold the blocks' linear layers of transformer and text encoders in 8 bits (torchao) or 4
-    (bitsandbytes): less memory; the policies, reference included, are those of the quantized
-    model."""
+    """Quantize the linear layers of transformer blocks and text encoders to 8 bits (int8, torchao)
+    or 4 bits (nf4, bitsandbytes): less memory. All policies, the reference included, then use the
+    quantized weights."""
     encoders: Literal["device", "host"] = "device"
-    """Where text encoders work: device, where they are only while they embed new instructions; or
-    host, which takes no memory of the device and minutes for the instructions of a round."""
+    """Where the text encoders run. device: moved there only to embed new instructions; host: on the
+    CPU, without device memory, but minutes for the instructions of a round."""
     prompt_folder: Path | None = None
-    """Folder for the embeddings of all instructions, made before the transformer is on the device
-    and read by later runs: 4 MB each for Kontext, 13 MB for klein-9B; None: every run computes
-    them."""
+    """Folder that stores the embeddings of all instructions, computed before the transformer moves
+    to the device and reused by later runs: 4 MB each for Kontext, 13 MB for klein-9B. None: every
+    run computes them."""
     vae_slicing: bool = False
     """Decode images one by one: less memory."""
     vae_tiling: bool = False
-    """Decode images tile by tile: less memory where the autoencoder has small tiles; nothing up to
-    1024 pixels for FLUX's. Results change a little."""
+    """Decode images tile by tile: less memory where tiles are smaller than the image (FLUX: above
+    1024 pixels). Results change slightly."""
     shard: Literal["none", "fsdp2", "zero3"] = "none"
-    """Where one device is short: fsdp2 shards all weights over ranks, zero3 (DeepSpeed) the base
-    model's. none: every rank holds them whole."""
+    """Sharding, if the model does not fit on one device. fsdp2: all weights over ranks; zero3
+    (DeepSpeed): only those of the base model; none: a full copy on every rank."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Chains, and how many make a round."""
+    """Chains to train and evaluate on, and the size of a round."""
 
     chains: Path = Path("chains.jsonl")
-    """Chains to train on, in any format of python -m mteditflow.chains formats."""
+    """Training chains, in any format listed by python -m mteditflow.chains formats."""
     held_out: Path | None = None
-    """Chains to evaluate on, never trained; None: no evaluation. Chains or reference images that
-    are among those to train on are refused; split them by mteditflow chains split."""
+    """Chains for evaluation; None: no evaluation. Chains or reference images that are also in
+    data.chains are refused; mteditflow chains split makes disjoint files."""
     allow_overlap: bool = False
-    """Whether held-out chains may share ids or reference images with those to train on; the log
-    says so."""
+    """Allow held-out chains to share ids or reference images with training chains; the log has a
+    warning."""
     allow_outside: bool = False
-    """Whether images may lie outside the folder of their file of chains."""
+    """Allow image paths outside the folder of the chains file."""
     fit: Literal["square", "buckets"] = "square"
-    """square: references are cropped to squares; buckets: to the nearest of several shapes of the
-    same area, up to 2 : 1, and every chain keeps the shape of its own."""
+    """square: crop references to squares; buckets: crop each to the nearest of several shapes of
+    equal area, up to 2 : 1, which its chain keeps."""
     bucket_multiple: Count = 64
-    """Sides of buckets are multiples of this, pixels."""
+    """Sides of buckets are multiples of this, in pixels."""
     turns: Count = 3
-    """Turns N of every chain; longer chains are cut, shorter ones left out. With growth.first the
-    most turns of a chain. mt_opsd trains first turns alone, so only evaluations have N."""
+    """Turns N of every chain; longer chains are cut, shorter ones left out. With growth.first: the
+    final number. mt_opsd trains only on first turns and uses N in evaluations."""
     history: Literal["last", "original"] = "last"
-    """Images that turns after the first are given: the last, or the original and the last; chains
-    whose records have references say so themselves."""
+    """Input images of turns after the first. last: the previous result; original: the original and
+    the previous result. References in a chain's record take precedence."""
     groups: Count = 8
     """Chains in a round, over all ranks."""
     group_size: Annotated[int, Field(ge=2)] = 16
-    """Trajectories G of each chain: same reference and instructions, other noise."""
+    """Trajectories G of each chain: same reference and instructions, different noise."""
     split_groups: bool = False
-    """Whether the trajectories of one chain may lie on several ranks."""
+    """Allow the trajectories of one chain to be on several ranks."""
     draw: Literal["epochs", "informative"] = "epochs"
-    """Every chain once an epoch; or chains anew each round, more often those whose trajectories
-    differed in how well they followed."""
+    """Order of chains. epochs: every chain once per epoch; informative: drawn at random each round,
+    chains whose group differed in following more often."""
     extra_groups: Natural = 0
-    """Groups of other chains that may be sampled in a round, over all ranks, in place of those that
-    would train nothing, for equal rewards, or lost a member (DAPO's dynamic sampling); 0: none."""
+    """Most groups of other chains to sample in a round, over all ranks, as replacements for groups
+    of equal rewards or with a lost reward (DAPO's dynamic sampling); 0: none."""
     identity_share: Share = 0.0
-    """Share of turns whose instruction is identity_instruction, drawn anew each round, alike for a
-    group; such a turn is put in between the chain's own, of which as many fewer are made. Their
-    reward is rewards.weights.identity."""
+    """Share of turns with identity_instruction, drawn each round, the same for a whole group. The
+    number of turns stays the same, so the chain's last edits are left out. Such turns earn the
+    reward identity, weighted by rewards.weights.identity."""
     identity_instruction: Annotated[str, Field(min_length=1)] = "Keep the image exactly as it is."
     """Instruction that asks for no change."""
     drift: Count = 10
-    """mt_opsd: turns without a change that the student makes of a picture before the trained one.
-    With growth.first the most of them."""
+    """mt_opsd: identity turns that the student makes before the trained turn. With growth.first:
+    the final number."""
 
 
 @dataclass(frozen=True)
 class Growth:
-    """Chains that get longer over the run, up to data.turns (mt_opsd: data.drift)."""
+    """Curriculum of chain length, up to data.turns (mt_opsd: data.drift)."""
 
     first: Count | None = None
-    """Turns of the first round; None: chains have all turns from the start."""
+    """Turns in the first round; None: all turns from the start."""
     every: Count | None = None
-    """Rounds after which chains get one turn more; None: growth.change says when."""
+    """Rounds until chains get one turn more; None: growth.change decides."""
     change: NonNegative | None = None
-    """Mean absolute pixel change, 0 to 255, of turns that ask for none, at or below which chains
-    get one turn more, once it holds for patience rounds in a row; None: growth.every says when."""
+    """Mean absolute pixel change of identity turns, 0 to 255: chains get one turn more after
+    growth.patience rounds in a row at or below it. None: growth.every decides."""
     patience: Count = 10
-    """Rounds in a row that growth.change has to hold."""
+    """Consecutive rounds that growth.change must hold."""
 
     def turns(self, done: int, most: int) -> int:
-        """Return the turns of a round's chains by the schedule; all of them without one."""
+        """Return the scheduled number of turns after ``done`` rounds; ``most`` without a schedule.
+
+        A curriculum by ``change`` is kept in ``State.depth`` instead.
+        """
         if self.first is None or self.every is None:
             return most
         return scheduled_turns(done, first=self.first, every=self.every, most=most)
@@ -193,43 +195,42 @@ class Sampling:
     batch: Count = 8
     """Trajectories sampled at once on a rank; results do not depend on it, up to rounding."""
     model: str | None = None
-    """Hub id or folder of a distilled sibling that samples in place of the model in training, with
-    a copy of its adapters; objectives that re-noise alone. None: the model itself."""
+    """Distilled sibling that samples in place of the trained model, with a copy of its adapters: a
+    Hub id or a folder. Only for objectives that re-noise. None: the model samples itself."""
     lora: Path | None = None
-    """LoRA for few steps, a folder or file in diffusers' format, that is active while sampling and
-    never trained or saved; objectives that re-noise alone. None: there is none."""
+    """Few-step LoRA, a folder or file in diffusers' format: active only while sampling, never
+    trained or saved. Only for objectives that re-noise. None: no such LoRA."""
     guidance: NonNegative | None = None
-    """Scale of guidance while sampling.model or sampling.lora samples, at which the model is then
-    trained, too; 1 trains it without classifier-free guidance. None: model.guidance."""
+    """Guidance scale of sampling and training with sampling.model or sampling.lora; 1: without
+    classifier-free guidance. None: model.guidance."""
 
     @property
     def few_steps(self) -> str | None:
-        """Name of a field that gives a sampler for few steps; None: the model samples itself."""
+        """Name of the field that selects a few-step sampler; None: the model samples itself."""
         given = {"sampling.model": self.model, "sampling.lora": self.lora}
         return next((name for name, x in given.items() if x is not None), None)
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher of self_distillation.py; no other program has one."""
+    """The teacher, for self_distillation.py only."""
 
     path: Path | None = None
-    """Folder of a LoRA of the run's rank and modules, such as a checkpoint's lora; it sees what the
-    student sees. None: the base model (see model.lora_reference), which is shown clean images."""
+    """LoRA folder of the run's rank and modules, such as a checkpoint's lora; this teacher sees the
+    student's images. None: the base model (see model.lora_reference), which sees clean images."""
     sessions: Path | None = None
-    """mt_opsd: chains, neither trained nor evaluated on, on which the student is compared with its
-    teacher; where it wins it takes its place. None: the teacher stays the base model."""
+    """mt_opsd: chains, disjoint from data.chains and data.held_out, on which student and teacher
+    are compared; a winning student replaces the teacher. None: the teacher stays the base model."""
     every: Count = 4
     """Rounds between comparisons."""
     turns: tuple[Count, ...] = (10, 8, 5)
-    """Turns up to which sessions are compared, the first to decide first."""
+    """Turns up to which sessions are compared; the first of them decides first."""
     success_margin: Count = 2
-    """Sessions that have to succeed more for a promotion."""
+    """Increase in successful sessions that is enough for a promotion."""
     collapse_margin: Count = 3
-    """Sessions that have to collapse fewer for a promotion."""
+    """Decrease in collapsed sessions that is enough for a promotion."""
     degraded: float = 0.6
-    """Consistency at or below which a turn's picture counts as degraded; two in a row are a
-    collapse."""
+    """Consistency at or below which a turn's image is degraded; two in a row are a collapse."""
 
 
 @dataclass(frozen=True)
@@ -237,22 +238,22 @@ class Rewards:
     """Scoring services, and how scores become advantages."""
 
     judge: tuple[str, ...] = ()
-    """URLs of the judge, ending in /v1: any OpenAI-compatible endpoints of one model."""
+    """URLs of the judge, ending in /v1: OpenAI-compatible endpoints that serve one model."""
     judge_model: str = ""
-    """Name that the judge is known by. Its key, if it wants one, is read from OPENAI_API_KEY."""
+    """Model name sent to the judge's endpoints. The API key is read from OPENAI_API_KEY."""
     scope: Literal["trajectory", "turn"] = "trajectory"
-    """Scope of one call of the judge."""
+    """Turns that one judge call scores: the whole trajectory, or one turn."""
     scale: Literal["likert", "binary"] | None = None
-    """Scale of "following": likert, 1 to 5, or binary. None: likert of a judge; of a scorer the one
-    that it declares."""
+    """Scale of "following": likert (1 to 5) or binary. None: likert for a judge; for a scorer the
+    scale that its class declares."""
     thinking: bool = True
-    """Whether it writes an analysis before its scores."""
+    """Ask the judge for an analysis before its scores."""
     answer_format: Literal["json", "text"] = "json"
-    """text: for endpoints without structured output."""
+    """Format of the judge's answers; text: for endpoints without structured output."""
     answer_tokens: Count | None = None
-    """Token limit of an answer; None: the question's own."""
+    """Token limit of an answer; None: the prompt's default."""
     reasoning_tokens: Natural = 0
-    """Tokens that a thinking model's own reasoning may take beyond its answer's."""
+    """Tokens allowed for a reasoning model's own reasoning, beyond those of the answer."""
     chat_template_kwargs: JsonObject = field(default_factory=dict)
     """Arguments of the judge's chat template, such as {"enable_thinking": false}."""
     extra_body: JsonObject = field(default_factory=dict)
@@ -260,77 +261,77 @@ class Rewards:
     concurrency: Count = 64
     """Requests in flight to each service, from each rank."""
     timeout: Positive = 120.0
-    """Seconds for an answer."""
+    """Seconds to wait for an answer."""
     consistency: tuple[str, ...] = ()
-    """URLs of mteditflow.rewards.server. Their token is read from MTEDITFLOW_TOKEN."""
+    """URLs of mteditflow.rewards.server. The token is read from MTEDITFLOW_TOKEN."""
     terms: Literal["features", "l1"] = "features"
-    """Terms that consistency compares."""
+    """Consistency measure: feature similarities, or L1 distances of pixels."""
     pairing: Literal["reference", "consecutive", "both"] = "reference"
-    """Which image a turn's image is compared with: the chain's reference, that of the turn before,
-    or both: "consistency" is then with the reference, and the reward "consecutive" with the turn
-    before."""
+    """Image that a turn's image is compared with: the chain's reference, the previous turn's
+    image, or both. With both, "consistency" compares with the reference and the additional reward
+    "consecutive" with the previous turn."""
     scorer: str | None = None
-    """module:name of a scorer of your own, in place of both services."""
+    """Custom scorer, module:name, in place of judge and consistency server."""
     weights: dict[str, float] = field(
         default_factory=lambda: {"following": 1.0, "consistency": 0.15}
     )
-    """Weight of each reward: following; consistency; consecutive, with pairing both; identity, with
-    data.identity_share; or those of a scorer. One of weight 0 is reported only."""
+    """Weight of each reward: following; consistency; consecutive (pairing both); identity
+    (data.identity_share); or a custom scorer's. Rewards of weight 0 are only reported."""
     aggregate: Literal["average", "successes", "all"] = "average"
-    """How turns of "following" become one reward: their average score, the share of them that
-    succeed, or 1 if all do."""
+    """How the turns of "following" become one reward: average score, share of successful turns, or
+    1 only if all succeed."""
     credit: Literal["trajectory", "turn", "until_failure", "to_go", "mixture"] = "trajectory"
-    """Turns that a reward is credited to. trajectory: all turns with the reward of the whole chain;
-    turn: each with its own, normalized among the same turn of its group; until_failure: so up to
-    the first turn that fails; to_go: each with the mean of its own and later ones; mixture: of the
-    first two."""
+    """Credit of a turn. trajectory: the whole chain's reward; turn: its own reward, normalized
+    among the same turns of its group; until_failure: as turn, but only up to the first failed turn;
+    to_go: mean of its own and later rewards; mixture: trajectory and turn, weighted."""
     discount: Share = 1.0
-    """Credit to_go: what a turn's reward counts for the turn before it; 0: credit turn."""
+    """Credit to_go: weight of a turn's reward in the credit of the previous turn; 0: as credit
+    turn."""
     trajectory_share: Share = 0.5
-    """Credit mixture: share of the whole chain's signal beside the turn's own."""
+    """Credit mixture: share of the whole chain's reward; the rest is the turn's own."""
     groups: Literal["all", "informative"] = "all"
-    """Which groups are trained on; informative: not those in which all chains follow fully, none
-    does at all, or all do equally well over their turns."""
+    """Groups to train on. informative: leaves out groups in which all chains succeed fully, all
+    fail, or all do equally well."""
     floor: Annotated[float, Field(ge=-1, le=1)] | None = None
-    """Smallest mean of consistency that is wanted: below it its weight grows round by round, by a
-    Lagrange multiplier, and all weights are divided by 1 + multiplier; None: weights are fixed."""
+    """Lower bound of mean consistency: below it a Lagrange multiplier is added to its weight each
+    round, and all weights are divided by 1 + multiplier. None: fixed weights."""
     floor_rate: Positive = 5.0
-    """Gain of the multiplier in a round for each unit that consistency lies below the floor."""
+    """Increase of the multiplier per round and unit of consistency below the floor."""
     floor_maximum: Positive = 10.0
     """Largest multiplier."""
     fusion: Literal["advantages", "rewards"] = "advantages"
-    """Normalize each reward in its group and add advantages up, or add rewards up first."""
+    """advantages: normalize each reward in its group, then add; rewards: add, then normalize."""
     std: Literal["group", "batch", "none"] = "group"
-    """Divisor of advantages: the spread of the group, of the round, nothing."""
+    """Divisor of advantages: standard deviation of the group, of the round, or none."""
     advantage_limit: Positive = 5.0
-    """Advantages are clamped to plus and minus this."""
+    """Advantages are clamped to plus or minus this."""
     regions: bool = False
-    """Credit latent tokens: each reward counts where the scorer's own regions say, as following
-    does inside the edit and consistency outside of it; nft, awm and flow_awr."""
+    """Per-token credit: each reward counts in the region that the scorer gives, such as following
+    inside the edit and consistency outside of it. Only for nft, awm and flow_awr."""
     region_normalization: Literal["mean", "rms", "none"] = "mean"
-    """Statistic of the weights that is 1 over a picture's tokens: mean, so that a small region
-    counts the more in it; rms, the root mean square; none, the largest: a small one counts less."""
+    """Scale of a region's token weights. mean: mean 1, so tokens of a small region weigh more; rms:
+    root mean square 1; none: at most 1, so a small region counts less."""
     region_outside: Share = 0.0
-    """Weight of a token outside of a reward's region, relative to one inside."""
+    """Weight of a token outside a reward's region, relative to one inside."""
     history: Natural = 0
-    """Earlier rounds of the same chain whose rewards take part in its group's mean and standard
-    deviation; for small groups. 0: none."""
+    """Earlier rounds whose rewards of the same chain enter its group's mean and standard deviation;
+    for small groups. 0: none."""
     success: NonNegative | None = None
-    """Score from which on a turn counts as followed: in evaluation, for aggregate successes and
-    all, and for credit until_failure. None: that of the scale, 5 of 1 to 5, 1 of yes or no."""
+    """Score from which a turn counts as followed, in evaluation, aggregate successes and all, and
+    credit until_failure. None: the scale's default, 5 for likert, 1 for binary."""
     max_invalid: Share = 0.2
-    """Share of a round's trajectories without a reward that stops the run."""
+    """Stop the run if more than this share of a round's trajectories lack a reward."""
 
     @property
     def request(self) -> RequestOptions:
-        """Options of every request to the judge."""
+        """Options of all requests to the judge."""
         return RequestOptions(
             self.answer_tokens, self.reasoning_tokens, self.chat_template_kwargs, self.extra_body
         )
 
     @property
     def multiplier(self) -> LagrangeMultiplier | None:
-        """Multiplier of consistency at the start of a run; None without a floor."""
+        """Initial multiplier of consistency; None without a floor."""
         if self.floor is None:
             return None
         return LagrangeMultiplier(self.floor, self.floor_rate, self.floor_maximum)
@@ -345,65 +346,67 @@ class Training:
     inner_epochs: Count = 1
     """Passes over the samples of a round."""
     stop_kl: Positive | None = None
-    """KL to the policy that sampled (the metric old_kl) beyond which the rest of a round's updates
-    is left out; None: no bound."""
+    """KL to the policy that sampled (metric old_kl) above which the round's remaining updates are
+    skipped; None: no bound."""
     kl_target: Positive | None = None
-    """KL to the reference that objective.kl_coef is adapted to, round by round; None: it is
-    fixed."""
+    """Target of the KL to the reference, to which objective.kl_coef is adapted each round; None:
+    fixed kl_coef."""
     minibatches: Count = 1
-    """Optimizer steps in a pass, each on another part of the trajectories."""
+    """Optimizer steps per pass, each on another part of the trajectories."""
     batch: Count = 4
-    """Rows (one step of one turn; dpo: pairs of them) in a forward and backward pass; results do
+    """Rows (one step of one turn; dpo: pairs of them) per forward and backward pass; results do
     not depend on it, up to rounding."""
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw_8bit: state of 8 bits a number, by bitsandbytes; saves 6 bytes for each trained one."""
+    """adamw_8bit: optimizer state in 8 bits (bitsandbytes); saves 6 bytes per trained
+    parameter."""
     learning_rate: Positive = 3e-4
-    """AdamW learning rate, the highest of the schedule."""
+    """AdamW learning rate, the peak of the schedule."""
     warmup_rounds: Natural = 0
-    """Rounds in which the learning rate rises in a straight line; 0: none."""
+    """Rounds of linear learning-rate warm-up; 0: none."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """Course of the learning rate after warm-up, down to final_rate of it."""
+    """Learning-rate schedule after warm-up; linear and cosine fall to final_rate times the peak."""
     final_rate: PositiveShare = 1.0
-    """Share of the learning rate in the last round; 1 under linear: constant."""
+    """Learning rate of the last round, as a share of the peak; 1 with linear: constant."""
     weight_decay: NonNegative = 1e-4
     """AdamW weight decay."""
     max_grad_norm: Positive = 1.0
-    """Gradients are scaled down to this norm."""
+    """Gradients are clipped to this global norm."""
     ema_decay: Share = 0.9
-    """Share d that the averaged policy keeps of itself; less at first, (1 + k)/(10 + k) at
-    optimizer step k. 0: there is none."""
+    """Decay of the averaged (EMA) policy: min(ema_decay, (1 + k) / (10 + k)) at optimizer step k.
+    0: no averaged policy."""
     ema_every: Count = 8
-    """Optimizer steps between its updates."""
+    """Optimizer steps between updates of the averaged policy."""
     seed: Natural = 0
     """Seed of adapters, chains and noise."""
 
 
 @dataclass(frozen=True)
 class Safety:
-    """When a run stops by itself."""
+    """Circuit breakers and drift alarms."""
 
     ratio: Literal["stop", "warn"] = "stop"
     """GRPO: what to do if ratios on the first rollout are not 1."""
     ratio_share: Positive = 0.1
-    """GRPO: deviation of a ratio that is allowed, as a share of clip."""
+    """GRPO: allowed deviation of a ratio from 1, as a share of the clip range."""
     collapse_drop: PositiveShare = 0.3
-    """Relative fall of a reward below its best that stops the run; 1: never."""
+    """Stop if a reward falls by this share below its best; 1: never."""
     collapse_window: Count = 20
-    """Rounds that are averaged for it."""
+    """Rounds in the moving average that collapse_drop compares."""
     max_skipped: Count = 5
-    """Updates skipped one after the other, for losses that are not finite, that stop the run."""
+    """Stop after this many updates in a row are skipped because of non-finite losses."""
     drift_members: Natural = 4
-    """Trajectories of each group whose pictures are watched for drift (sharpness, colors, edges,
-    variety), which never trains and stops nothing; 0: none."""
+    """Trajectories of each group whose images are measured for drift (sharpness, colors, edges,
+    variety); alarms affect neither training nor the run. 0: none."""
     drift_rounds: Annotated[int, Field(ge=3)] = 5
-    """Early rounds that make the band of each statistic."""
+    """First rounds from which the band of each statistic is computed."""
     drift_width: Positive = 8.0
-    """Half-width of a band, in standard errors of a round; an alarm is a value outside of it."""
+    """Half-width of a band, in spreads of the first rounds; a median of recent rounds outside the
+    band is an alarm."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out chains, with the same noise every time."""
+    """Evaluation on held-out chains, with the same noise every time."""
 
     every: Count = 50
     """Rounds between evaluations; also before the first and after the last."""
@@ -412,7 +415,7 @@ class Evaluation:
     batch: Count = 8
     """Trajectories sampled at once on a rank."""
     policy: Literal["current", "old", "ema"] = "ema"
-    """Which policy is evaluated."""
+    """Policy to evaluate, and to save as lora in checkpoints; ema needs training.ema_decay > 0."""
 
 
 @dataclass(frozen=True)
@@ -420,22 +423,22 @@ class Output:
     """Files of a run, and how often they are written."""
 
     folder: Path = Path("runs/flux")
-    """Where everything goes."""
+    """Folder for all files of the run."""
     resume: str = "auto"
-    """auto: the newest whole checkpoint in the folder, if any; best; never; or a checkpoint's
-    path."""
+    """Checkpoint to resume from. auto: the newest intact one in output.folder, if any; best; never;
+    or a checkpoint's path."""
     checkpoint_every: Count = 10
     """Rounds between checkpoints."""
     keep: Count = 3
-    """Checkpoints kept: the last ones, and always the best."""
+    """Number of last checkpoints to keep, in addition to the best."""
     strips_every: Natural = 10
     """Rounds between pictures of chains and histograms; 0: none."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Trackers of accelerate, such as tensorboard, wandb, trackio; without a value: none."""
+    """Trackers supported by accelerate, such as tensorboard, wandb, trackio; empty: none."""
     project: Annotated[str, Field(min_length=1)] = "mteditflow"
-    """Project of the run in the trackers; tensorboard: a folder of that name in trackers/."""
+    """Project name in the trackers; tensorboard: a folder of that name in trackers/."""
     run: Annotated[str, Field(min_length=1)] | None = None
-    """Name of the run in wandb, trackio, mlflow, swanlab and clearml; None: that of its folder."""
+    """Run name in wandb, trackio, mlflow, swanlab and clearml; None: that of output.folder."""
 
 
 RewardedObjective = Union[tuple(c for c in OBJECTIVES.values() if c.card.rewarded)]  # noqa: UP007
@@ -448,7 +451,7 @@ class Config:
     __pydantic_config__ = STRICT
 
     objective: RewardedObjective = field(default_factory=NFT)
-    """Loss and its hyperparameters; another one of the same kind by objective:NAME."""
+    """Loss and its hyperparameters; objective:NAME selects another of the same kind."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     growth: Growth = field(default_factory=Growth)
@@ -461,22 +464,22 @@ class Config:
 
     @property
     def stochastic(self) -> bool:
-        """Whether steps draw noise, so that they have log-probs."""
+        """Whether sampling steps draw noise and therefore have log-probs."""
         return isinstance(self.objective, ReplayObjective)
 
     @property
     def drifts(self) -> bool:
-        """Whether the student wears pictures out itself, by turns that ask for no change."""
+        """Whether the student degrades images by identity turns before the trained turn."""
         return isinstance(self.objective, MTOPSD)
 
     @property
     def most_turns(self) -> int:
-        """Turns of a chain when it has grown; of mt_opsd those that ask for no change."""
+        """Final number of turns of a chain; under mt_opsd, of its identity turns."""
         return self.data.drift if self.drifts else self.data.turns
 
     @property
     def curriculum(self) -> DepthCurriculum | None:
-        """How chains grow by what the editor leaves still, as a run begins with it."""
+        """Initial curriculum by pixel change of identity turns; None without growth.change."""
         first, change = self.growth.first, self.growth.change
         if first is None or change is None:
             return None
@@ -490,7 +493,7 @@ class DistillationConfig(Config):
     objective: Distillation | MTOPSD = field(  # type: ignore[assignment]
         default_factory=Distillation
     )
-    """Loss and its hyperparameters; objective:mt_opsd is the other one."""
+    """Loss and its hyperparameters: distillation, or objective:mt_opsd."""
     teacher: Teacher = field(default_factory=Teacher)
 
 
@@ -504,11 +507,11 @@ class ConfigError(ValueError):
 
 
 def typed(values: dict[str, Any], kind: type[Config] = Config) -> Config:
-    """Validate fields one by one, those of the objective by its own class.
+    """Return the configuration of validated fields; the objective's class validates its own.
 
     Args:
-        values: sections by name, as a preset file or a checkpoint holds them; the objective's has
-            its "name" beside its fields.
+        values: sections by name, as in a preset file or checkpoint; the objective's section has
+            its "name" in addition to its fields.
         kind: class of the configuration.
 
     Raises:
@@ -539,22 +542,24 @@ def field_names(config: Config) -> list[str]:
 
 @cache
 def _adapter(kind: type) -> TypeAdapter[Any]:
-    """Return what reads and writes the fields of a class; making one takes longer than its use."""
+    """Return the cached adapter that reads and writes a class; building one is slow."""
     return TypeAdapter(kind)
 
 
 def _strictly(kind: type[_Kind], values: dict[str, Any]) -> _Kind:
-    """Build a dataclass from what JSON or TOML can hold: true and "4" are no numbers.
+    """Build a dataclass from JSON or TOML values without coercion: true and "4" are not numbers.
 
     Raises:
         ValidationError: a value is of another type, or out of range.
     """
+    # Strict validation of Python values would refuse lists for tuples and strings for paths; that
+    # of JSON takes both. default=str is for dates, which TOML has and JSON does not.
     built: _Kind = _adapter(kind).validate_json(json.dumps(values, default=str), strict=True)
     return built
 
 
 def dumped(config: Config) -> dict[str, Any]:
-    """Return the fields as JSON holds them, for ``typed`` to read again."""
+    """Return the fields as JSON values, the inverse of ``typed``."""
     values = {
         name: _adapter(type(getattr(config, name))).dump_python(getattr(config, name), mode="json")
         for name in (f.name for f in fields(config))
@@ -564,7 +569,7 @@ def dumped(config: Config) -> dict[str, Any]:
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Return fields by dotted name, as trackers take them."""
+    """Return fields by dotted name, as numbers and strings only, for trackers."""
 
     def walk(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         for name, value in values.items():
@@ -607,10 +612,10 @@ def _objective(given: Any, *, rewarded: bool) -> Objective:
 
 
 def _json_object(text: str) -> dict[str, Any]:
-    """Parse an option that takes a JSON object.
+    """Parse the value of an option that takes a JSON object.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the text is not a JSON object.
     """
     try:
         value = parse_json(text)
@@ -622,7 +627,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def _unknown_fields(defaults: Any, values: dict[str, Any]) -> Iterator[str]:
-    """Yield the dotted names that a dataclass, or one inside it, does not have."""
+    """Yield the dotted names that are not fields of a dataclass or of one nested in it."""
     for key, value in values.items():
         inner = getattr(defaults, key, None) if isinstance(key, str) else None
         if key not in {f.name for f in fields(defaults)}:
@@ -632,9 +637,9 @@ def _unknown_fields(defaults: Any, values: dict[str, Any]) -> Iterator[str]:
 
 
 def _in_words(error: Any, known: Sequence[str]) -> str:
-    """Return one of pydantic's errors as a line that names the field, what came, and a near one."""
+    """Return a pydantic error as one line: field, expectation, value, and a similar field name."""
     name, what = ".".join(map(str, error["loc"])), error["msg"]
-    if error["type"] == "value_error":  # of the library's checks: names the field and the value
+    if error["type"] == "value_error":  # raised by mteditflow: names field and value itself
         return f"{name}.{what.removeprefix('Value error, ')}".removeprefix(".")
     near = hint(name, known) if error["type"] == "unexpected_keyword_argument" else ""
     return f"{name}: {what[0].lower()}{what[1:]}, got {error['input']!r}{near}".removeprefix(": ")

@@ -1,4 +1,4 @@
-"""Pictures that a student has worn out itself, and what MT-OPSD trains on them."""
+"""Training data of MT-OPSD: images that the student has degraded by its own identity turns."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .sampling import RoundChains, roll_out
 
 
 class Drifted(NamedTuple):
-    """A round of MT-OPSD before its update.
+    """Samples and velocities of an MT-OPSD round.
 
     Attributes:
         samples: the turn that each trajectory is trained on.
-        velocity: the student's on the worn pictures, the teacher's on the clean ones.
+        velocity: the student's, given degraded images, and the teacher's, given clean ones.
     """
 
     samples: WornSamples
@@ -35,9 +35,10 @@ class Drifted(NamedTuple):
 
 
 def drift(run: Run, drawn: RoundChains) -> Drifted:
-    """Wear pictures out by turns without a change, and record one more turn of each.
+    """Degrade images by identity turns, then record one more turn of each.
 
-    That turn is the chain's first edit, or asks for no change once more.
+    That turn is the chain's first edit, or another identity turn with probability
+    1 - ``objective.edit_share``.
     """
     objective, text = run.objective, run.config.data.identity_instruction
     assert isinstance(objective, MTOPSD)
@@ -45,6 +46,7 @@ def drift(run: Run, drawn: RoundChains) -> Drifted:
     worn = _wear_out(run, references, text)
     identity = torch.tensor(
         [
+            # Keyed by the place over all ranks, so that the draw does not depend on their number.
             Random(run.key.number("branch", run.key.first + b)).random() >= objective.edit_share
             for b in range(len(worn))
         ],
@@ -61,7 +63,7 @@ def drift(run: Run, drawn: RoundChains) -> Drifted:
 
 
 def _wear_out(run: Run, references: Sequence[Image], text: str) -> list[Image]:
-    """Edit pictures turn by turn without a change, and add the change of pixels to the metrics."""
+    """Return the images after all identity turns, and add the pixel change to the metrics."""
     turns, size, worn, changes = run.turns, run.config.sampling.batch, [], []
     with run.log.bar("drift", len(references), unit="chains") as bar:
         for start in range(0, len(references), size):
@@ -86,18 +88,18 @@ def _wear_out(run: Run, references: Sequence[Image], text: str) -> list[Image]:
 
 
 def _record(run: Run, images: Sequence[Image], texts: Sequence[str], purpose: str) -> Rollout:
-    """Record one turn of each picture by the student, without noise in the steps."""
-    each = torch.arange(len(images))  # a picture of its own each: no two are of one group
+    """Record one deterministic turn of the student on each image."""
+    each = torch.arange(len(images))  # inputs differ, so no two trajectories share conditioning
     given = (images, [[text] for text in texts], each)
     parts = roll_out(run, *given, Sampling(), purpose=purpose)
     return Rollout.concatenate([part.rollout for part in parts])
 
 
 def _given(student: Rollout) -> Tensor:
-    """Return the latents of the pictures that the student was given.
+    """Return the latents of the student's input images.
 
     Raises:
-        ConfigError: the pipeline does not join one reference of the size of its sample to it.
+        ConfigError: the pipeline does not concatenate one reference of the sample's size.
     """
     at = torch.stack([torch.arange(len(student)), torch.zeros(len(student), dtype=torch.int64)], 1)
     try:
@@ -107,16 +109,17 @@ def _given(student: Rollout) -> Tensor:
 
 
 def _clean(run: Run, drawn: RoundChains, references: Sequence[Image], student: Rollout) -> Rollout:
-    """Return the student's trajectories with the conditioning of the edits of clean pictures.
+    """Return the student's trajectories under the conditioning of clean images, for the teacher.
 
-    Members of a group share these, so each is recorded once. Trajectories without a change have
-    theirs, too: the teacher is evaluated everywhere, and what it says there is not read.
+    Members of a group share the clean image, so each is recorded once. Trajectories that end in an
+    identity turn get it, too: the teacher runs on every row, and its output there is ignored.
     """
     group = drawn.group.tolist()
     members = {g: b for b, g in enumerate(group)}
     images = [references[b] for b in members.values()]
     texts = [drawn.chains[b].instructions[0] for b in members.values()]
     clean = _record(run, images, texts, "clean noise")
+    # The student's states, with each row's index pointing to its group's clean conditioning.
     place = {g: number for number, g in enumerate(members)}
     index = clean.index[torch.tensor([place[g] for g in group])]
     return replace(clean, trajectory=student.trajectory, index=index)

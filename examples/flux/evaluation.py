@@ -1,4 +1,4 @@
-"""Evaluation of a run: held-out chains, edited from the same noise every time, and scored."""
+"""Evaluation of a run on held-out chains, with the same noise every time."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .sampling import collect
 
 
 def evaluate_if_due(run: Run) -> bool:
-    """Evaluate before the first round, after the last, and now and then.
+    """Evaluate before the first round, after the last, and every ``evaluation.every`` rounds.
 
     Returns:
-        Whether an evaluation was made; none is where the round has a complete one already.
+        Whether an evaluation was made; a round that already has a complete one gets no other.
     """
     done, held_out = run.state.done, run.held_out
     if held_out is None or held_out.complete(done):
@@ -36,7 +36,7 @@ def evaluate_if_due(run: Run) -> bool:
 
 
 def evaluate(run: Run, held_out: HeldOut) -> None:
-    """Edit and score all held-out chains with the policy as it is; a collective call."""
+    """Edit and score all held-out chains with the evaluated policy; a collective call."""
     options, rows, waiting = run.config.evaluation, held_out.rows(), []
     with (
         run.policies.use(options.policy),
@@ -52,6 +52,7 @@ def evaluate(run: Run, held_out: HeldOut) -> None:
             run.stop_if_requested()
     terms, _ = gather_scores(collect(run, waiting), device=run.device)
     if run.main:
+        # Ranks hold contiguous rows in order, so copies that pad the last ranks are at the end.
         records = held_out.chains.chains
         evaluation = Evaluation(
             round=run.state.done,
@@ -72,7 +73,11 @@ def evaluate(run: Run, held_out: HeldOut) -> None:
 def edit_chains(
     run: Run, held_out: HeldOut, rows: Sequence[int], *, purpose: str
 ) -> tuple[list[Chain], list[list[Image | None]]]:
-    """Edit some chains, each from its own noise: images [reference, turn 1, ..., turn N]."""
+    """Edit the chains at some rows, each from noise that its row fixes.
+
+    Returns:
+        The chains, and the images [reference, turn 1, ..., turn N] of each.
+    """
     examples = held_out.chains.__getitems__(rows)
     references = [example.image for example in examples]
     chains = [example.chain for example in examples]
@@ -88,12 +93,12 @@ def edit_chains(
 
 
 def first_scores(scores: TurnScores, count: int) -> TurnScores:
-    """Return the scores of the first trajectories."""
+    """Return the scores of the first ``count`` trajectories, without the copies that pad ranks."""
     lost = {(b, n): reason for (b, n), reason in scores.lost.items() if b < count}
     return TurnScores(scores.score[:count], scores.turn_mask[:count], lost)
 
 
 def _last_turn(evaluation: Evaluation) -> str:
-    """Return the metrics of the last turn, in a line."""
+    """Return the metrics of the last turn as one line of text."""
     values = (f"{name} {value[-1]:.3g}" for name, value in evaluation.estimates.items())
     return f"at turn {evaluation.turns}: {', '.join(values)}"

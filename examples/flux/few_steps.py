@@ -1,4 +1,4 @@
-"""Sampling in few steps: by a distilled sibling of the model in training, or with a LoRA."""
+"""Few-step sampling, by a distilled sibling of the trained model or with a few-step LoRA."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .config import Config, ConfigError, Model, Sampling
 
 @dataclass(frozen=True, eq=False)
 class Sibling:
-    """Editor that samples in place of the trained one.
+    """Distilled editor that samples in place of the trained one.
 
     Attributes:
-        editor: the sibling.
-        policies: adapters of its own; the policy that samples is copied into the current one.
+        editor: the distilled editor.
+        policies: its adapters; ``use`` copies the sampling policy into the current one.
     """
 
     editor: Editor
@@ -28,17 +28,18 @@ class Sibling:
 
     @contextmanager
     def use(self, trained: LoraPolicies, policy: str, *, few_steps: bool) -> Iterator[None]:
-        """Let the sibling sample a policy of those in training, as it is now."""
+        """Copy a trained policy's current weights, and sample with them inside the block."""
+        # Copied for every rollout, since each update changes the trained policy.
         self.policies.load_state_dict(trained.state_dict(policy))
         with self.policies.use("current", few_steps=few_steps):
             yield
 
 
 def load_sampler(config: Config, editor: Editor) -> Sibling | None:
-    """Load the sibling that samples; None where the editor samples itself.
+    """Load the sibling of ``sampling.model``; None if the editor samples itself.
 
     Raises:
-        ConfigError: it is none, or cannot sample as it is configured.
+        ConfigError: the model is no sibling, or cannot sample as configured.
     """
     model, sampling = config.model, config.sampling
     if sampling.few_steps is None:
@@ -72,10 +73,10 @@ def load_sampler(config: Config, editor: Editor) -> Sibling | None:
 
 
 def refuse_sharded(sampling: Sampling, how: str) -> None:
-    """Raise unless every rank holds the weights that sample whole.
+    """Refuse few-step samplers under sharding.
 
     Raises:
-        ConfigError: they are sharded.
+        ConfigError: a few-step sampler is configured and weights are sharded.
     """
     if sampling.few_steps is not None and how != "none":
         raise ConfigError(
@@ -85,10 +86,10 @@ def refuse_sharded(sampling: Sampling, how: str) -> None:
 
 
 def lora_for_few_steps(sampling: Sampling, editor: Editor) -> dict[str, Tensor] | None:
-    """Read the LoRA that only sampling has; None where there is none.
+    """Read the few-step LoRA of ``sampling.lora``; None if none is configured.
 
     Raises:
-        ConfigError: it is no LoRA of the transformer.
+        ConfigError: the file is not a LoRA of the transformer.
     """
     if sampling.lora is None:
         return None
@@ -99,7 +100,7 @@ def lora_for_few_steps(sampling: Sampling, editor: Editor) -> dict[str, Tensor] 
 
 
 def start_of(model: Model, editor: Editor) -> Start | None:
-    """Return the LoRA that policies start from."""
+    """Return the LoRA that policies start from; None: they start from the base model."""
     if model.lora is None:
         return None
     weights = read_lora(type(editor.pipeline), model.lora)
@@ -107,16 +108,16 @@ def start_of(model: Model, editor: Editor) -> Start | None:
 
 
 def with_field(field: str, error: Exception) -> str:
-    """Return what an error says behind the field at fault, which may be that of the LoRA."""
+    """Prefix an error's message with the field at fault, ``field`` or ``sampling.lora``."""
     prefix, _, rest = str(error).partition(": ")
     return f"sampling.lora: {rest}" if prefix == "few_steps" else f"{field}: {error}"
 
 
 def guidance_call(scale: float, family: Family) -> dict[str, float]:
-    """Return the scale of guidance as a call takes it.
+    """Return the guidance scale as an argument of the pipeline call.
 
     Raises:
-        ValueError: the pipeline has none.
+        ValueError: the pipeline has no guidance, and the scale is not 1.
     """
     if family.guidance is None and scale != 1:
         raise ValueError(
@@ -127,9 +128,9 @@ def guidance_call(scale: float, family: Family) -> dict[str, float]:
 
 
 def sampling_call(sampling: Sampling, family: Family) -> dict[str, Any]:
-    """Return the call options of rollouts that differ from those of the editor.
+    """Return the pipeline arguments that rollouts override.
 
     Raises:
-        ValueError: the pipeline has no guidance.
+        ValueError: the pipeline has no guidance, and the scale is not 1.
     """
     return {} if sampling.guidance is None else guidance_call(sampling.guidance, family)

@@ -1,4 +1,7 @@
-"""Dynamic sampling: groups that would train nothing are replaced by others, within a bound."""
+"""Dynamic sampling (DAPO): replace uninformative groups by others, within a bound.
+
+Source: DAPO (arXiv 2503.14476).
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,12 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """A round that was sampled and scored.
+    """A sampled and scored round.
 
     Attributes:
         drawn: this rank's chains.
-        rollout: what was sampled of them.
-        images: reference and what each turn made, [B][N + 1].
+        rollout: their rollout.
+        images: reference and result of each turn, [B][N + 1].
         scores: this rank's scores by term, [B, N] each.
         rewards: rewards of all ranks.
     """
@@ -42,20 +45,19 @@ class Sampled:
 
 
 def fill(run: Run, sampled: Sampled) -> Sampled:
-    """Sample other chains in place of groups that would train nothing; a collective call.
+    """Sample other chains in place of uninformative groups; a collective call.
 
-    A group trains nothing where all of its advantages are 0 or left out; one that lost a member's
-    reward is replaced, too. Chains that the round does not have are drawn in an order that its key
-    fixes, until ``data.extra_groups`` are used up or all groups train. What takes a place trains
-    itself, so that the round never gets worse. Places, and the noise at them, do not depend on the
+    A group is uninformative if all of its advantages are 0 or left out, or if a member's reward is
+    lost. Chains outside the round are drawn in an order fixed by its random key, until
+    ``data.extra_groups`` are used up or all groups are informative. Only informative groups replace
+    others, so the round never gets worse. Places, and the noise at them, do not depend on the
     number of ranks.
 
-    The run's numbers get "filling/groups", the groups that were replaced, "filling/left", those
-    that still train nothing or lack a member, and "filling/trajectories", what was sampled beyond
-    the round.
+    The run's metrics get "filling/groups", the number of replaced groups, "filling/left", that of
+    groups still uninformative, and "filling/trajectories", that of additional trajectories.
 
     Raises:
-        Stopped: a signal came meanwhile.
+        Stopped: a signal arrived while waiting for scores.
     """
     queue = _others(run, sampled.rewards)[: run.config.data.extra_groups]
     poor, replaced, attempt = poor_groups(run, sampled.rewards), 0, 0
@@ -74,7 +76,7 @@ def fill(run: Run, sampled: Sampled) -> Sampled:
 
 
 def poor_groups(run: Run, rewards: RoundRewards) -> list[int]:
-    """Return the ids of groups that train nothing, or lost a member's reward, in their order."""
+    """Return the ids of uninformative groups, as ``fill`` defines them, in order."""
     config = run.config.rewards
     signals, weights = turn_signals(config, rewards, run.state.multipliers)
     found = turn_advantages(config, rewards, signals, weights, run.state.history)
@@ -85,7 +87,7 @@ def poor_groups(run: Run, rewards: RoundRewards) -> list[int]:
 
 
 def _others(run: Run, rewards: RoundRewards) -> list[int]:
-    """Return the chains that a round does not have, in an order that its key fixes."""
+    """Return the chains outside the round, shuffled by the round's key, equal on all ranks."""
     there = set(rewards.group.tolist())
     others = [index for index in range(len(run.chains)) if index not in there]
     Random(run.key.number("extra chains")).shuffle(others)
@@ -95,9 +97,16 @@ def _others(run: Run, rewards: RoundRewards) -> list[int]:
 def _attempt(
     run: Run, sampled: Sampled, chosen: Mapping[int, int], number: int
 ) -> tuple[Sampled, int]:
-    """Sample a chain in place of each group; return the round with those that train, their number.
+    """Sample one replacement chain for each chosen group.
 
-    Two gathers: with all of them, to see which train, and with these alone.
+    Args:
+        run: the run.
+        sampled: the round so far.
+        chosen: id of each group to replace, with the chain to try.
+        number: number of the attempt, which keys its noise.
+
+    Returns:
+        The round with the informative replacements, and their number.
     """
     group = sampled.drawn.group.tolist()
     places = [b for b, own in enumerate(group) if own in chosen]
@@ -106,12 +115,13 @@ def _attempt(
         drawn = chains_at(run, [chosen[group[b]] for b in places])
         rollout, images, scores = sample(run, drawn, purpose=purpose, places=places)
         extra = replace(sampled, drawn=drawn, rollout=rollout, images=images, scores=scores)
-    else:  # none on this rank, which waits for the others' scores
+    else:  # no place on this rank: join the collective call in which the others await scores
         await_all(run, [], "rewards")
         extra = sampled
     order = list(range(len(group)))
     for k, b in enumerate(places):
         order[b] = len(group) + k
+    # Gather twice: with all replacements, to see which are informative, then with those only.
     whole = _scored(run, _mixed(sampled, extra, order))
     worse = set(poor_groups(run, whole.rewards))
     kept = {old for old, new in chosen.items() if new not in worse}
@@ -122,13 +132,13 @@ def _attempt(
 
 
 def _scored(run: Run, sampled: Sampled) -> Sampled:
-    """Give a round the rewards of its scores on all ranks; a collective call."""
+    """Return a round with rewards recomputed from the scores of all ranks; a collective call."""
     scores, group, _ = gather(run, sampled.scores, sampled.drawn.group)
     return replace(sampled, rewards=round_rewards(run.config.rewards, scores, group))
 
 
 def _mixed(first: Sampled, second: Sampled, order: Sequence[int]) -> Sampled:
-    """Take trajectories out of two samples, the second's counted on from the first's."""
+    """Return the trajectories at ``order`` in the concatenation of two samples."""
     if order == list(range(len(first.drawn.group))):
         return first
     index = torch.tensor(order, dtype=torch.int64, device="cpu")

@@ -1,4 +1,4 @@
-"""Evaluations of held-out chains in the folder of a run: a file each, and images."""
+"""Storage of held-out evaluations in a run's folder: one file per evaluation, and images."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mteditflow.evaluation.provenance import agreed
 
 from .config import ConfigError
 
-ROUND = re.compile(r"round-(\d{6,})")  # name of an evaluation, and of the folder of its images
-# Fields of what made the images that two evaluations of a run must have in common, by the option.
+ROUND = re.compile(r"round-(\d{6,})")  # name of an evaluation file, and of its image folder
+# Fields of MadeBy that all evaluations of a run must share, by the option that sets them.
 SETTINGS = {
     "model.dtype": "dtype",
     "model.guidance": "guidance",
@@ -30,13 +30,11 @@ SETTINGS = {
 
 
 class HeldOut:
-    """Evaluations of a run: a file each, and the images of each turn of each chain.
+    """Evaluations of a run: one file per evaluation, and one image per turn and chain.
 
-    The images of a round lie as ``EditedImages`` has them, so that ``evaluate.py --images`` and
-    ``score_chains.py`` read them too.
-
-    Ranks take equal parts of the chains in order; the last is filled up with copies, which do not
-    count. The folder is one that all ranks see.
+    Images have the layout of ``EditedImages``, so ``evaluate.py --images`` and ``score_chains.py``
+    read them, too. Ranks take equal, contiguous parts of the chains; the last part is padded with
+    copies that do not count. All ranks must see the folder.
     """
 
     def __init__(self, chains: ChainDataset, folder: Path, accelerator: Accelerator) -> None:
@@ -44,17 +42,20 @@ class HeldOut:
 
     @property
     def chains(self) -> ChainDataset:
-        """Records and references."""
+        """Held-out chains with their references."""
         return self._chains
 
     def rows(self) -> list[int]:
-        """Return this rank's chains; those of the last rank may be repeated."""
+        """Return the rows of this rank's chains; the last row may repeat as padding.
+
+        Every rank gets equally many, since the calls per batch are collective.
+        """
         ranks, rank = self._accelerator.num_processes, self._accelerator.process_index
-        size = -(-len(self._chains) // ranks)
+        size = -(-len(self._chains) // ranks)  # rounded up
         return [min(row, len(self._chains) - 1) for row in range(rank * size, (rank + 1) * size)]
 
     def write(self, evaluation: Evaluation) -> None:
-        """Write the scores; of images keep those of the first evaluation and of this one."""
+        """Write the scores; keep images of the first evaluation and of this one only."""
         evaluation.write(self._file(evaluation.round))
         kept = [self._images(done).name for done in (min(self.rounds()), evaluation.round)]
         for folder in self.folder.iterdir():
@@ -62,11 +63,11 @@ class HeldOut:
                 shutil.rmtree(folder)
 
     def all(self) -> list[Evaluation]:
-        """Every evaluation of the run so far, in the order of rounds.
+        """Return all evaluations of the run so far, by round.
 
         Raises:
             ConfigError: a file is damaged; the message names it.
-            OSError: one cannot be read.
+            OSError: a file cannot be read.
         """
         return [self._read(done) for done in self.rounds()]
 
@@ -76,7 +77,7 @@ class HeldOut:
         return sorted(int(name[1]) for name in names if name)
 
     def strays(self) -> list[str]:
-        """Return the names of what lies in the folder and is not of a run."""
+        """Return the names of files in the folder that no run writes, hidden ones left out."""
         there = self.folder.iterdir() if self.folder.is_dir() else ()
         known = (x for x in there if not x.name.startswith("."))
         return sorted(x.name for x in known if not ROUND.fullmatch(x.name.removesuffix(".json")))
@@ -94,29 +95,28 @@ class HeldOut:
             raise ConfigError(f"{error}; delete this file to go on without it") from error
 
     def complete(self, done: int) -> bool:
-        """Whether there is an evaluation of a round, none of whose chains lost a score."""
+        """Whether a round has an evaluation without lost scores."""
         path = self._file(done)
         if not path.exists():
             return False
         return not self._read(done).lost
 
     def rewind(self, done: int) -> None:
-        """Forget evaluations of rounds that will be done again; -1 forgets all."""
+        """Delete evaluations of rounds after ``done``, which will be repeated; -1 deletes all."""
         for later in self.rounds():
             if later > done:
                 self._file(later).unlink()
 
     def require_comparable(self, done: int, success_at: float, made_by: MadeBy) -> None:
-        """Raise unless evaluations up to a round can be compared with those to come.
+        """Raise unless evaluations up to a round are comparable with future ones.
 
         Args:
-            done: the round after which the run goes on; later ones are made again.
-            success_at: score from which on a turn was followed.
-            made_by: what will make the images.
+            done: round that the run resumes after; later evaluations are repeated.
+            success_at: score from which a turn counts as followed.
+            made_by: provenance of future images.
 
         Raises:
-            ValueError: they are of other chains, another threshold or policy, or images made
-                otherwise.
+            ValueError: the chains, the threshold, the policy or the settings of the images differ.
         """
         now: dict[str, object] = {"rewards.success": success_at}
         now["data.held_out"] = [(x.id, list(x.instructions)) for x in self._chains.chains]
@@ -127,9 +127,9 @@ class HeldOut:
             was: dict[str, object] = {"rewards.success": evaluation.success_at}
             was["data.held_out"] = list(zip(evaluation.chain_ids, words, strict=True))
             was |= _settings(before)
-            if evaluation.round == 0:  # all policies are the base model
+            if evaluation.round == 0:  # before training all policies are equal
                 was["evaluation.policy"] = None
-            known = (x for x in now if None not in (was[x], now[x]))
+            known = (x for x in now if None not in (was[x], now[x]))  # None: not recorded
             if (name := next((x for x in known if was[x] != now[x]), None)) is not None:
                 raise ValueError(
                     f"{name}: expected {_short(was[name])}, as in the evaluation of round "
@@ -138,12 +138,12 @@ class HeldOut:
                 )
 
     def judge(self, judged_by: JudgedBy, done: int) -> JudgedBy:
-        """Return the judge of the run: that of its evaluations up to a round, else this one.
+        """Return the judge of the evaluations up to a round; without any, ``judged_by``.
 
-        A server that does not say who it is, as while it starts, may be the same.
+        A server without identity, for example while it starts, is taken to be the same.
 
         Raises:
-            ValueError: an evaluation was judged by another, or it is not known by whom.
+            ValueError: an evaluation has another judge, or no provenance.
         """
         before = [self._read(x).provenance.judged_by for x in self.rounds() if x <= done]
         for judge in before:
@@ -153,16 +153,16 @@ class HeldOut:
         return before[0] if before else judged_by
 
     def images(self, done: int) -> Images:
-        """Images of an evaluation by row."""
+        """Return the images of an evaluation by row, loaded on access."""
         return Images(self._images(done), self._chains)
 
     def without_images(self, done: int) -> list[str]:
-        """Return the ids of the chains of whose turns an evaluation has not every image."""
+        """Return the ids of chains for which an evaluation lacks an image."""
         edited = EditedImages(self._images(done))
         return [chain.id for chain in self._chains.chains if not edited.complete(chain)]
 
     def keep(self, done: int, row: int, images: Sequence[Image.Image]) -> None:
-        """Write the images [reference, turn 1, ..., turn N] of a chain, without the first."""
+        """Write the images of turns 1 to N, given [reference, turn 1, ..., turn N]."""
         EditedImages(self._images(done)).write(self._chains.chains[row], images[1:])
 
     def _file(self, done: int) -> Path:
@@ -173,7 +173,7 @@ class HeldOut:
 
 
 def _settings(made_by: MadeBy) -> dict[str, object]:
-    """Return what made images by option; None is not known."""
+    """Return the settings that made images, by option; None: not recorded."""
     policy = made_by.lora and made_by.lora.partition(" ")[0]
     return {
         "evaluation.policy": policy,
@@ -182,14 +182,14 @@ def _settings(made_by: MadeBy) -> dict[str, object]:
 
 
 def _short(value: object) -> str:
-    """Return a value in words; of chains their number and the first."""
+    """Return a value as short text; a list of chains as their number and the first id."""
     if isinstance(value, list):
         return f"{len(value)} chains from {value[0][0]!r} on" if value else "no chains"
     return repr(value)
 
 
 class Images(Mapping[int, list[Image.Image | None]]):
-    """Images [reference, turn 1, ..., turn N] of held-out chains by row, read when asked for."""
+    """Images [reference, turn 1, ..., turn N] of held-out chains by row, loaded on access."""
 
     def __init__(self, folder: Path, chains: ChainDataset) -> None:
         self._edited, self._chains = EditedImages(folder), chains

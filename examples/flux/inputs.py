@@ -1,4 +1,4 @@
-"""Inputs of a run, read and checked before a model is loaded."""
+"""Inputs of a run, read and checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -40,24 +40,25 @@ from .resuming import check_unchanged, find_checkpoint, fingerprints, warn_of_lo
 from .rewards import check_services, judged_by, require_services, scale_of
 from .trackers import check_trackers
 
-INDEX = "model_index.json"  # of a pipeline's folder
+INDEX = "model_index.json"  # in the folder of every diffusers pipeline
 LORA = "pytorch_lora_weights.safetensors"
-FACTOR_A = re.compile(r"\.(lora_A|lora_down|lora\.down)\.weight$")  # [rank, in]
+# First LoRA factor, [rank, in], as named by peft, kohya and old diffusers.
+FACTOR_A = re.compile(r"\.(lora_A|lora_down|lora\.down)\.weight$")
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Everything that a run consists of but its models.
+    """All parts of a run except its models.
 
     Attributes:
-        chains: to train on.
-        sampler: draws them.
-        held_out: evaluations so far, and the chains to evaluate on; None: no evaluation.
-        sessions: chains on which a student is compared with its teacher; None: it never is.
-        found: checkpoint to go on from; None: the run begins.
-        judged_by: who scores.
-        files: hashes of the files that the run depends on.
-        notes: what the log is to say first.
+        chains: training chains.
+        sampler: sampler of the training chains.
+        held_out: evaluations so far, and the held-out chains; None: no evaluation.
+        sessions: chains on which student and teacher are compared; None: no comparison.
+        found: checkpoint to resume from; None: the run starts at round 0.
+        judged_by: provenance of the scores.
+        files: hashes of the files that the run depends on, by field.
+        notes: messages to log first.
     """
 
     chains: ChainDataset
@@ -71,11 +72,11 @@ class Inputs:
 
 
 def check(config: Config) -> None:
-    """Refuse what can be seen without reading chains: places, services, trackers.
+    """Check paths, services and trackers, without reading chains.
 
     Raises:
-        ConfigError: something is not there, or is not what it must be.
-        ValueError: a URL does not end in /v1, or a file is in the place of the output folder.
+        ConfigError: a file, folder, service or tracker is missing, or of the wrong kind.
+        ValueError: a URL does not end in /v1, or the output folder is a file.
     """
     check_services(config.rewards)
     check_trackers(config.output)
@@ -102,7 +103,11 @@ def check(config: Config) -> None:
 
 
 def _check_model(field: str, source: str) -> None:
-    """Raise unless there may be a pipeline that edits an image or makes one of a text."""
+    """Raise unless a source may be a supported pipeline; a Hub id is not looked up.
+
+    Raises:
+        ConfigError: the folder holds no pipeline, or an unsupported one.
+    """
     try:
         check_source(field, source, INDEX)
     except ValueError as error:
@@ -115,11 +120,11 @@ def _check_model(field: str, source: str) -> None:
 
 
 def _check_memory_options(model: Model) -> None:
-    """Raise unless weights can be quantized as they are to be, and embeddings be stored.
+    """Check that the quantization package is installed and embeddings can be stored.
 
     Raises:
         ConfigError: the package is missing.
-        ValueError: a file is in the place of the folder.
+        ValueError: the folder for embeddings is a file.
     """
     if model.prompt_folder is not None:
         require_folder("model.prompt_folder", model.prompt_folder)
@@ -132,12 +137,16 @@ def _check_memory_options(model: Model) -> None:
 
 
 def _check_lora(field: str, path: Path, rank: int | None) -> None:
-    """Raise unless there is a LoRA, of a rank where one is given."""
+    """Raise unless a path is a LoRA of the given rank; None: of any rank.
+
+    Raises:
+        ConfigError: the file is missing, is no LoRA, or has another rank.
+    """
     try:
         with safe_open(path / LORA if path.is_dir() else path, framework="pt") as file:
             names = [name for name in file.keys() if FACTOR_A.search(name)]  # noqa: SIM118
             ranks = {file.get_slice(name).get_shape()[0] for name in names}
-    except Exception as error:  # the library has many for files that are none
+    except Exception as error:  # safetensors raises several types for invalid files
         wanted = f"{field}: expected a folder with {LORA}, or such a file"
         raise ConfigError(f"{wanted}, got {path}: {error}") from error
     if not ranks:
@@ -149,13 +158,13 @@ def _check_lora(field: str, path: Path, rank: int | None) -> None:
 
 
 def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
-    """Read chains and the checkpoint, and refuse what does not fit together; not collective.
+    """Read chains and the checkpoint, and check that all parts fit together; not collective.
 
-    Rank 0 asks the services whether they are there, once all else is in order.
+    After all other checks, rank 0 asks the services whether they answer.
 
     Raises:
-        ConfigError: something does not fit, a file of chains cannot be read, or something is
-            another than that of the run so far.
+        ConfigError: parts do not fit together, a chains file cannot be read, or a setting differs
+            from the run to resume.
         OSError: another file cannot be read.
         ValueError: a service does not answer.
     """
@@ -171,7 +180,7 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     files = fingerprints(config)
     found = find_checkpoint(config, notes)
     if found is not None:
-        notes.message(f"going on after round {found.round}, from {found.path}")
+        notes.message(f"resuming after round {found.round}, from {found.path}")
         check_unchanged(config, files, found, notes)
         warn_of_lost_files(config, found, notes)
         _load_order(sampler, found)
@@ -182,7 +191,7 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
         require_fitting(config, family, unseen)
         held_out = HeldOut(unseen, config.output.folder / "evaluations", accelerator)
         if strays := ", ".join(held_out.strays()):
-            notes.warning(f"{held_out.folder}: left alone, as not of this run: {strays}")
+            notes.warning(f"{held_out.folder}: ignored, since no run writes such files: {strays}")
     sessions = None
     if isinstance(config, DistillationConfig) and config.teacher.sessions is not None:
         others = chains, None if held_out is None else held_out.chains
@@ -200,10 +209,10 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
 
 @contextmanager
 def _naming(field: str) -> Iterator[None]:
-    """Let an error of a file of chains begin with the field that gave it.
+    """Prefix errors of a chains file with the field that names it.
 
     Raises:
-        ConfigError: a chain is bad, or a file cannot be read.
+        ConfigError: a chain is invalid, or a file cannot be read.
     """
     try:
         yield
@@ -215,7 +224,7 @@ def _family(field: str, source: str) -> Family:
     """Return the family of a pipeline.
 
     Raises:
-        ConfigError: it is of none that can be trained, or there is none.
+        ConfigError: the pipeline cannot be trained, or does not exist.
     """
     try:
         return family_of(source)
@@ -224,7 +233,7 @@ def _family(field: str, source: str) -> Family:
 
 
 def _check_sibling(source: str, family: Family) -> None:
-    """Raise ``ConfigError`` unless a pipeline is of the class of the one to train."""
+    """Raise ``ConfigError`` unless a pipeline has the class of the trained one."""
     expected = family.pipeline.__name__
     got = _family("sampling.model", source).pipeline.__name__
     if got != expected:
@@ -235,7 +244,7 @@ def make_sampler(config: Config, chains: ChainDataset, accelerator: Accelerator)
     """Return the sampler of this rank.
 
     Raises:
-        ConfigError: rounds do not divide over the ranks, or need more chains than there are.
+        ConfigError: a round does not divide over the ranks, or needs more chains than exist.
     """
     data, training = config.data, config.training
     ranks = int(accelerator.num_processes)
@@ -268,10 +277,10 @@ def make_sampler(config: Config, chains: ChainDataset, accelerator: Accelerator)
 
 
 def _load_order(sampler: GroupSampler, found: Checkpoint) -> None:
-    """Let the sampler go on from a checkpoint.
+    """Restore the sampler's state from a checkpoint.
 
     Raises:
-        ConfigError: that is of other chains, groups or seed.
+        ConfigError: the checkpoint has other chains, groups or another seed.
     """
     try:
         sampler.load_state_dict(found.state["sampler"])
@@ -280,10 +289,10 @@ def _load_order(sampler: GroupSampler, found: Checkpoint) -> None:
 
 
 def _comparable(config: Config, held_out: HeldOut, judge: JudgedBy, done: int) -> JudgedBy:
-    """Return the judge of the run's evaluations so far, else this one.
+    """Return the judge of the run's evaluations so far; without any, ``judge``.
 
     Raises:
-        ConfigError: evaluations so far are damaged, or not comparable with those to come.
+        ConfigError: an evaluation is damaged, or not comparable with future ones.
     """
     folder, fix = config.output.folder, "choose another output.folder"
     try:
@@ -301,10 +310,12 @@ def _comparable(config: Config, held_out: HeldOut, judge: JudgedBy, done: int) -
 
 @contextmanager
 def refusing_together(accelerator: Accelerator) -> Iterator[None]:
-    """Refuse on every rank what one of them refuses: a collective call at the end of the block.
+    """Exit on every rank if the block fails on one: a collective call at the end of the block.
+
+    Without it, the other ranks would wait for the failed one in their next collective call.
 
     Raises:
-        SystemExit: with 2, on every rank; those that are at fault say why.
+        SystemExit: code 2 on every rank; ranks whose block failed print the reason.
     """
     fault: Exception | None = None
     try:

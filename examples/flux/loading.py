@@ -1,4 +1,4 @@
-"""The parts of a run that come from disk: the editor with its policies, and chains."""
+"""Load the editor with its policies, and chains."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def quiet_libraries() -> None:
-    """Turn off progress bars and hints of diffusers and transformers; the run's log reports."""
+    """Turn off progress bars and hints of diffusers and transformers, which clutter the log."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    if not torch.cuda.is_available():  # else DeepSpeed, where it is installed, warns of its choice
+    if not torch.cuda.is_available():  # an installed DeepSpeed warns if it has to choose itself
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def load_policies(
     config: Config, accelerator: Accelerator, instructions: Sequence[str] = ()
 ) -> tuple[Editor, LoraPolicies]:
-    """Load the editor, give it adapters, and shard it if it is to be sharded; a collective call.
+    """Load the editor, add adapters, and shard it if configured; a collective call.
 
     Args:
-        config: the run's.
-        accelerator: of this rank.
-        instructions: of all chains, which ``model.prompt_folder`` stores ahead.
+        config: configuration of the run.
+        accelerator: accelerator of this rank.
+        instructions: instructions of all chains, embedded ahead into ``model.prompt_folder``.
 
     Raises:
-        ConfigError: it cannot be loaded as it is configured.
+        ConfigError: the editor cannot be loaded as configured.
     """
     quiet_libraries()
     try:
@@ -72,9 +72,9 @@ def _policies(
 ) -> tuple[Editor, LoraPolicies]:
     model, ranks = config.model, int(accelerator.num_processes)
     if model.dtype == "bfloat16":
-        torch.set_float32_matmul_precision("high")  # the adapters' products: TF32 on GPUs
+        torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for the float32 adapters
     guidance = guidance_call(model.guidance, family_of(model.path))
-    side = model.resolution if config.data.fit == "square" else None  # else the reference's own
+    side = model.resolution if config.data.fit == "square" else None  # None: the reference's size
     editor = Editor.load(
         model.path,
         dtype=DTYPES[model.dtype],
@@ -95,11 +95,13 @@ def _policies(
         quantize=None if model.quantize == "none" else model.quantize,
         encoder_device="cpu" if model.encoders == "host" else None,
         prompt_folder=model.prompt_folder,
+        # Each rank embeds its share; all read the common folder afterwards.
         instructions=instructions[int(accelerator.process_index) :: ranks],
     )
     if instructions:
         accelerator.wait_for_everyone()  # until every rank has stored its share
-    multiple = 2 * editor.pipeline.vae_scale_factor  # pixels of a token; diffusers would round down
+    # Side of a token in pixels; diffusers would silently round other sizes down.
+    multiple = 2 * editor.pipeline.vae_scale_factor
     name, given = "model.resolution", model.resolution
     if config.data.fit == "buckets":
         name, given = "data.bucket_multiple", config.data.bucket_multiple
@@ -123,25 +125,28 @@ def _policies(
 
 
 def _started_from(model: Model) -> str:
-    """Return words for the LoRA that the policies started from, if there is one."""
+    """Return text on the LoRA that the policies started from; empty without one."""
     return "" if model.lora is None else f", which started from {model.lora} ({model.lora_start})"
 
 
 def family_of(source: str) -> Family:
-    """Read the family of a pipeline off its folder or hub id, of which one file is fetched.
+    """Return the family of a pipeline; of a Hub id, only its index file is downloaded.
 
     Raises:
-        ValueError: it is of no family that can be trained.
-        OSError: there is none.
+        ValueError: the pipeline belongs to no supported family.
+        OSError: the pipeline does not exist.
     """
     return find_family(diffusers.DiffusionPipeline.load_config(source)["_class_name"])
 
 
 def require_fitting(config: Config, family: Family, *datasets: ChainDataset) -> None:
-    """Raise unless chains have what the pipeline takes: a reference image, or none and one turn.
+    """Raise unless chains fit the pipeline.
+
+    An editing pipeline needs a reference image in every chain. Text to image needs chains without
+    one, a single turn, and no option that depends on a reference.
 
     Raises:
-        ConfigError: they have not, or something else of the run needs a reference.
+        ConfigError: chains or options do not fit.
     """
     makes, kind = family.references == "none", family.pipeline.__name__
     expected = "no image in any chain" if makes else "an image in every chain"
@@ -177,10 +182,10 @@ def require_fitting(config: Config, family: Family, *datasets: ChainDataset) -> 
 
 
 def _require_taken(config: Config, family: Family, *datasets: ChainDataset) -> None:
-    """Raise unless every turn is given as many images as the pipeline takes.
+    """Raise unless the input images of every turn fit the pipeline.
 
     Raises:
-        ConfigError: it takes one, and a turn is given another than the last, or several.
+        ConfigError: the pipeline takes one image, and a turn has other inputs than the last image.
     """
     if family.references == "several":
         return
@@ -196,7 +201,7 @@ def _require_taken(config: Config, family: Family, *datasets: ChainDataset) -> N
 
 
 def made_by(config: Config, done: int) -> MadeBy:
-    """Return what edits held-out chains after a round: the model, with the adapters of then."""
+    """Return the provenance of held-out images: the model, with its adapters after a round."""
     model, data = config.model, config.data
     own: dict[str, Any] = {} if data.fit == "square" else {"buckets": data.bucket_multiple}
     if data.history != "last":
@@ -216,30 +221,30 @@ def made_by(config: Config, done: int) -> MadeBy:
 
 @dataclass(frozen=True)
 class Notes:
-    """Words for the log of a run, before there is one."""
+    """Messages collected before the run's log is open."""
 
     lines: list[tuple[str, bool]] = field(default_factory=list)
 
     def message(self, text: str) -> None:
-        """Keep a message."""
+        """Add a message."""
         self.lines.append((text, False))
 
     def warning(self, text: str) -> None:
-        """Keep a warning."""
+        """Add a warning."""
         self.lines.append((text, True))
 
     def write(self, log: RunLog) -> None:
-        """Log them in order."""
+        """Write all messages to the log, in order."""
         for text, warns in self.lines:
             (log.warning if warns else log.message)(text)
 
 
 def load_held_out(config: Config, train: ChainDataset, notes: Notes) -> ChainDataset:
-    """Read the held-out chains, which share nothing with those to train on.
+    """Read the held-out chains, which must be disjoint from the training chains.
 
     Raises:
-        ConfigError: they share ids or reference images, and ``data.allow_overlap`` is not set.
-        ChainError: a line is bad.
+        ConfigError: both share ids or reference images, and ``data.allow_overlap`` is off.
+        ChainError: a line is invalid.
         OSError: a file cannot be opened.
     """
     data = config.data
@@ -251,18 +256,18 @@ def load_held_out(config: Config, train: ChainDataset, notes: Notes) -> ChainDat
             "chains by mteditflow chains split, or give --data.allow-overlap"
         )
     if found.any:
-        notes.warning(f"held-out chains are not held out: shared with data.chains are {found}")
+        notes.warning(f"data.held_out: not disjoint from data.chains, both have {found}")
     return chains
 
 
 def load_sessions(
     config: DistillationConfig, path: Path, notes: Notes, *others: ChainDataset | None
 ) -> ChainDataset:
-    """Read the sessions that promote a teacher, which share nothing with other chains of the run.
+    """Read the sessions for promotions, which must be disjoint from the run's other chains.
 
     Raises:
-        ConfigError: they share ids or reference images, or none is long enough.
-        ChainError: a line is bad.
+        ConfigError: ids or reference images are shared, or no session is long enough.
+        ChainError: a line is invalid.
         OSError: the file cannot be opened.
     """
     turns = max(config.teacher.turns)
@@ -279,11 +284,18 @@ def load_sessions(
 def load_chains(
     config: Config, path: Path, notes: Notes, *, turns: int, field: str = "data.turns"
 ) -> ChainDataset:
-    """Read chains, cut them to a number of turns, and fit their images.
+    """Read chains, cut them to a number of turns, and crop their images to the run's sizes.
+
+    Args:
+        config: configuration of the run.
+        path: file of chains.
+        notes: collects how many chains are too short and left out.
+        turns: turns of each chain.
+        field: name of the option that sets ``turns``, for messages.
 
     Raises:
-        ConfigError: none of them is long enough.
-        ChainError: a line is bad.
+        ConfigError: no chain is long enough.
+        ChainError: a line is invalid.
         OSError: the file cannot be opened.
     """
     data = config.data
@@ -299,10 +311,10 @@ def load_chains(
 
 
 def fitting(config: Config) -> Callable[[Image.Image], Image.Image]:
-    """Return what scales and crops references to the sizes of a run.
+    """Return the function that scales and crops references to the run's sizes.
 
     Raises:
-        ConfigError: no size has the multiple.
+        ConfigError: no bucket fits ``data.bucket_multiple``.
     """
     side, data = config.model.resolution, config.data
     sizes: tuple[tuple[int, int], ...] = ((side, side),)

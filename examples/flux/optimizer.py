@@ -1,4 +1,4 @@
-"""The optimizer of a run, in 32 or 8 bits."""
+"""The optimizer of a run, with 32-bit or 8-bit state."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from .config import ConfigError, Training
 
 
 def check_optimizer(training: Training, *, sharded: bool) -> None:
-    """Refuse an optimizer whose package is missing, or whose state cannot be sharded.
+    """Refuse an 8-bit optimizer whose package is missing, or with sharded weights.
 
     Raises:
-        ConfigError: it is of 8 bits, and bitsandbytes cannot be imported or weights are sharded.
+        ConfigError: adamw_8bit is configured, and bitsandbytes cannot be imported or weights are
+            sharded.
     """
     if training.optimizer != "adamw_8bit":
         return
@@ -31,7 +32,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], training: Training) -> to
     """Return AdamW over the trained parameters.
 
     Raises:
-        ConfigError: it is of 8 bits, and bitsandbytes cannot be imported.
+        ConfigError: adamw_8bit is configured, and bitsandbytes cannot be imported.
     """
     kind = torch.optim.AdamW
     if training.optimizer == "adamw_8bit":
@@ -43,7 +44,7 @@ def _bitsandbytes() -> Any:
     """Import bitsandbytes.
 
     Raises:
-        ConfigError: it is not installed, or does not fit this machine.
+        ConfigError: bitsandbytes is not installed, or does not support this machine.
     """
     try:
         import bitsandbytes

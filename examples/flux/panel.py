@@ -1,4 +1,4 @@
-"""The drift panel of a run: statistics of its pictures, which never train, and alarms."""
+"""Drift monitoring of a run: statistics of its images, and alarms. Neither affects training."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ STATISTICS = {
     "high_frequency_share": high_frequency_share,
 }
 OUTSIDE, VARIETY, THUMBNAILS = "change_outside_edits", "group_distance", "thumbnails"
-COLUMN, TURN, PICTURE = "drift/", "/turn_", "drift"  # parts of the names of columns and pictures
+COLUMN, TURN, PICTURE = "drift/", "/turn_", "drift"  # parts of metric and file names
 SIDE = 8  # cells of a thumbnail along each axis
 FEATURES = 3 * SIDE**2
-PIXELS = 2**21  # measured at once, at least one picture
-SHOWN = 3  # strips of an alarm
+PIXELS = 2**21  # pixels measured at once, to bound memory; at least one image
+SHOWN = 3  # most strips in the picture of alarms
 
 
 def watch_drift(
     run: Run, drawn: RoundChains, images: Sequence[Sequence[Image | None]], scores: Scores
 ) -> None:
-    """Measure pictures of the round on all ranks, log them, raise alarms; a collective call.
+    """Measure images of the round, log the statistics and alarms; a collective call.
 
-    The first ``safety.drift_members`` trajectories of each group are measured. Nothing of it
-    trains, and no alarm ends the run.
+    The first ``safety.drift_members`` trajectories of each group are measured. Neither statistics
+    nor alarms affect training, and no alarm stops the run.
     """
     if run.drift is None:
         return
@@ -76,14 +76,14 @@ def watch_drift(
 
 
 def _columns(readings: Mapping[tuple[str, int], Reading]) -> dict[str, float]:
-    """Name what was measured, turn by turn, and the same of the references; leave out NaN."""
+    """Return metrics by name, per turn and for references, without NaN."""
     columns = {f"{COLUMN}{name}{TURN}{turn}": x.value for (name, turn), x in readings.items()}
     columns |= {f"{COLUMN}{name}/reference": x.reference for (name, _), x in readings.items()}
     return {name: x for name, x in columns.items() if math.isfinite(x)}
 
 
 def measured_rows(run: Run, count: int) -> list[int]:
-    """Return the places, on this rank, of the first trajectories of each group of the round."""
+    """Return the rows on this rank of the first trajectories of each group of the round."""
     size, most = run.config.data.group_size, run.config.safety.drift_members
     return [b for b in range(count) if (run.key.first + b) % size < most]
 
@@ -91,18 +91,21 @@ def measured_rows(run: Run, count: int) -> list[int]:
 def measure(
     run: Run, drawn: RoundChains, images: Sequence[Sequence[Image | None]], rows: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Measure R trajectories of N turns: each statistic [R, N + 1], the reference's first.
+    """Measure R trajectories of N turns.
 
-    Those of a reference that is not there are NaN, as are changes outside of edits whose place is
-    not known. "thumbnails" are [R, N, F].
+    Returns:
+        Each statistic by name, float32 [R, N + 1] with the reference first; NaN for a missing
+        reference, and for the change outside edits if the scorer gives no edited pixels.
+        "thumbnails" is [R, N, F].
     """
     turns = drawn.edits.shape[1]
-    pictures = {id(x): x for b in rows for x in images[b] if x is not None}  # references once
+    # By identity, since members of a group share one reference image; it is measured once.
+    pictures = {id(x): x for b in rows for x in images[b] if x is not None}
     found = _statistics(list(pictures.values()))
     place = {key: i for i, key in enumerate(pictures)}
     index = [[-1 if x is None else place[id(x)] for x in images[b]] for b in rows]
     where = torch.tensor(index, dtype=torch.int64, device="cpu").reshape(-1, turns + 1)
-    table = {
+    table = {  # index -1, a missing reference, reads the appended NaN
         name: torch.cat([found[name], found[name].new_full((1,), math.nan)])[where]
         for name in STATISTICS
     }
@@ -118,16 +121,17 @@ def measure(
 
 
 def read(table: Mapping[str, Tensor], group: Tensor) -> dict[tuple[str, int], Reading]:
-    """Summarize what was measured by (statistic, turn), with standard errors over groups.
+    """Return the mean of each statistic by (statistic, turn), with its standard error over groups.
 
     Args:
-        table: as ``measure`` returns it, of all ranks.
+        table: statistics of all ranks, as returned by ``measure``.
         group: integer group id, [R].
     """
     readings = {}
     for name, value in _with_variety(table, group).items():
         reference, *turns = value.double().unbind(dim=1)
         for turn, own in enumerate(turns, start=1):
+            # Value minus reference, as DriftWatch compares it: the content of the chains cancels.
             error = _error(own - reference.nan_to_num(0.0), group)
             mean, start = float(own.nanmean()), float(reference.nanmean())
             readings[name, turn] = Reading(mean, start, error)
@@ -135,44 +139,44 @@ def read(table: Mapping[str, Tensor], group: Tensor) -> dict[tuple[str, int], Re
 
 
 def _with_variety(table: Mapping[str, Tensor], group: Tensor) -> dict[str, Tensor]:
-    """Put the distances inside groups in the place of the thumbnails; references have none."""
+    """Replace the thumbnails by distances within groups, [R, N + 1]; NaN for references."""
     distance = group_distance(table[THUMBNAILS], group)
     variety = torch.cat([torch.full_like(distance[:, :1], math.nan), distance], dim=1)
     return {**{n: x for n, x in table.items() if n != THUMBNAILS}, VARIETY: variety}
 
 
 def _error(change: Tensor, group: Tensor) -> float:
-    """Standard error of a mean over groups of several trajectories; NaN for a single group."""
+    """Return the standard error of a mean over groups; NaN for fewer than two groups."""
     means = torch.stack([change[group == g].nanmean() for g in group.unique()])
     means = means[means.isfinite()]
     return float(means.std() / math.sqrt(len(means))) if len(means) > 1 else math.nan
 
 
 def _statistics(pictures: Sequence[Image]) -> dict[str, Tensor]:
-    """Measure P pictures of any sizes, a few of one size at once: each statistic [P]."""
+    """Measure P images of any sizes in batches of one size: each statistic [P]."""
     parts: list[dict[str, Tensor]] = []
     for (width, height), same in groupby(pictures, key=lambda x: x.size):
         pixels = torch.stack([_pixels(x) for x in same])
         parts += map(_measured, pixels.split(max(1, PIXELS // (width * height))))
-    if not parts:  # this rank has only later members of its groups
+    if not parts:  # with split groups, this rank may have only later members
         nothing = torch.zeros(0, dtype=torch.float32, device="cpu")
         return dict.fromkeys(STATISTICS, nothing) | {THUMBNAILS: nothing.reshape(0, FEATURES)}
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _measured(pixels: Tensor) -> dict[str, Tensor]:
-    """Measure pictures of one size, uint8 [P, 3, H, W]."""
+    """Measure images of one size, uint8 [P, 3, H, W]."""
     found = {name: function(pixels) for name, function in STATISTICS.items()}
     return {**found, THUMBNAILS: thumbnails(pixels, side=SIDE)}
 
 
 def _pixels(image: Image) -> Tensor:
-    """uint8 [3, H, W]."""
+    """Return the RGB pixels of an image, uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image.convert("RGB"))).movedim(-1, 0)
 
 
 def _edited(run: Run, drawn: RoundChains, reference: Image | None, b: int) -> Tensor | None:
-    """Pixels that turns may change, boolean [N, H, W]; None where the scorer does not say."""
+    """Return the pixels that turns may change, boolean [N, H, W]; None if not available."""
     if reference is None:
         return None
     masks = edited_pixels(run.config.rewards.scorer, drawn.chains[b], reference)
@@ -184,19 +188,19 @@ def _edited(run: Run, drawn: RoundChains, reference: Image | None, b: int) -> Te
 
 
 def _change_outside(images: Sequence[Image | None], edited: Tensor) -> Tensor:
-    """Mean change of the pixels that no turn so far may change, [N]."""
+    """Return the mean change of pixels outside all edits so far, [N]."""
     original, *turns = (_pixels(x).float() / 255 for x in images if x is not None)
     return wear(torch.stack(turns)[None], original[None], edited=edited[None])[0]
 
 
 def _record(run: Run, alarms: Sequence[DriftAlarm], picture: str) -> None:
-    """Write alarms to the log, and to what the report lists."""
+    """Write alarms to the log and to the run's list for the report."""
     number = run.state.done + 1
     for alarm in alarms:
         run.log.warning(f"round {number}: drift of {alarm}; see {picture}")
-        ends = {"low": alarm.band.low, "high": alarm.band.high}
-        told = {"round": number, "statistic": alarm.name, "value": alarm.value}
-        run.alarms.append({**told, **ends, "picture": picture})
+        bounds = {"low": alarm.band.low, "high": alarm.band.high}
+        reading = {"round": number, "statistic": alarm.name, "value": alarm.value}
+        run.alarms.append({**reading, **bounds, "picture": picture})
 
 
 def _draw_alarms(
@@ -208,7 +212,7 @@ def _draw_alarms(
     rows: Sequence[int],
     own: Mapping[str, Tensor],
 ) -> None:
-    """Draw, for each of the first alarms, the trajectory of this rank that shows it most."""
+    """Draw, for each of the first alarms, this rank's most extreme trajectory."""
     from mteditflow.training.pictures import Strip, draw_strips
 
     following, strips = scores[FOLLOWING], []

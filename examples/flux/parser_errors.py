@@ -1,4 +1,4 @@
-"""Errors of the command line's parser in the words of this program: option, expectation, value."""
+"""Rewrite error messages of tyro's parser as "option: expected X, got Y"."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "a word", "PATH":
 
 
 def reworded(said: str, words: Sequence[str], known: Sequence[str]) -> str:
-    """Return what tyro says about a command line as "option: expected X, got Y".
+    """Return a tyro error as "option: expected X, got Y"; unknown messages stay as they are.
 
     Args:
-        said: its message in one line.
-        words: the command line.
+        said: message of tyro, on one line.
+        words: arguments of the command line.
         known: dotted names of the fields.
 
     Example:
@@ -36,14 +36,14 @@ def reworded(said: str, words: Sequence[str], known: Sequence[str]) -> str:
     if not word.startswith("--"):
         return _stray(word, words, known) or said
     field = word.removeprefix("--").replace("-", "_")
-    if field in known:  # a dictionary, whose entries are options
+    if field in known:  # a dictionary field has an option per entry, none of its own
         return f"{word}: expected its entries one by one, as {word}.NAME VALUE"
     return said + _option_hint(field, known)
 
 
 def _stray(word: str, words: Sequence[str], known: Sequence[str]) -> str | None:
-    """Return an error for a word that belongs to no option; None where the word is not known."""
-    if word not in words:  # it is cut where the parser's box is full
+    """Return an error for a word that belongs to no option; None if the word is truncated."""
+    if word not in words:  # tyro's box truncates long words
         return None
     before = list(takewhile(lambda other: other != word, words))
     start = max((i for i, other in enumerate(before) if other.startswith("--")), default=None)
@@ -54,7 +54,7 @@ def _stray(word: str, words: Sequence[str], known: Sequence[str]) -> str | None:
 
 
 def _option_hint(field: str, known: Sequence[str]) -> str:
-    """Return the hint to the options that one may have meant, spelled as options.
+    """Return a suggestion of similar options, spelled as options.
 
     Example:
         >>> _option_hint("training.lr", ["training.learning_rate"])

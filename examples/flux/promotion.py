@@ -1,4 +1,4 @@
-"""The teacher of MT-OPSD: compared with its student on sessions, and replaced where it loses."""
+"""Promotion in MT-OPSD: a student that beats its teacher on sessions becomes the teacher."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from .sampling import collect
 
 
 def promote_if_due(run: Run) -> None:
-    """Compare student and teacher now and then, and let the student take its place if it wins.
+    """Compare student and teacher every ``teacher.every`` rounds; promote a winning student.
 
-    Every student is compared as soon as it is due, so that no older one ever waits. Call it before
-    the round counts as done: a run that is killed meanwhile does both again.
+    Call it before the round counts as done: a run that is killed in between repeats both.
     """
     config, sessions = run.config, run.sessions
     assert isinstance(config, DistillationConfig)
@@ -25,13 +24,14 @@ def promote_if_due(run: Run) -> None:
     if sessions is None or (run.state.done + 1) % teacher.every:
         return
     with run.log.stopwatch.phase("comparing"):
+        # The teacher's outcomes hold until a promotion: the noise of sessions never changes.
         if run.state.teacher is None:
             run.state.teacher = _outcomes(run, sessions, "old")
         student = _outcomes(run, sessions, "current")
     before = run.state.teacher
     if before is None or student is None:
         run.log.warning(
-            f"round {run.state.done + 1}: sessions lost scores, so the teacher stays, uncompared"
+            f"round {run.state.done + 1}: sessions lost scores; no comparison, the teacher stays"
         )
         return
     gains = [session_gain(*pair) for pair in zip(student, before, strict=True)]
@@ -49,18 +49,18 @@ def promote_if_due(run: Run) -> None:
     if promoted:
         run.policies.update_old(decay=0.0)
         run.state.teacher = student
-        run.log.message(f"round {run.state.done + 1}: the student is the teacher from here on")
+        run.log.message(f"round {run.state.done + 1}: the student replaces the teacher")
 
 
 def _outcomes(run: Run, sessions: HeldOut, policy: str) -> list[SessionCounts] | None:
-    """Edit all sessions with a policy and count their outcomes, a collective call.
+    """Edit all sessions with a policy and count their outcomes; a collective call.
 
     Returns:
-        Outcomes up to each turn that is compared; None where a score was lost, since a session that
-        is not fully scored neither succeeds, fails, nor lasts.
+        Counts up to each compared turn; None if a score was lost, since the outcome of a session
+        without all its scores is unknown.
 
     Raises:
-        ConfigError: nobody scores consistency.
+        ConfigError: consistency is not scored.
     """
     config, rows, waiting = run.config, sessions.rows(), []
     assert isinstance(config, DistillationConfig)
@@ -82,5 +82,5 @@ def _outcomes(run: Run, sessions: HeldOut, policy: str) -> list[SessionCounts] |
     if following.lost or looks.lost:
         return None
     success = scale_of(config.rewards).followed(following.score)
-    degraded = looks.score <= config.teacher.degraded  # nothing to measure: not degraded
+    degraded = looks.score <= config.teacher.degraded  # NaN (not measured) counts as not degraded
     return [count_sessions(success, degraded, turn) for turn in config.teacher.turns]

@@ -1,4 +1,4 @@
-"""Advantages of latent tokens: where in a picture each reward counts."""
+"""Per-token advantages: each reward counts within its region of the image."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ def token_advantages(
     images: Sequence[Sequence[Image | None]],
     advantages: Mapping[str, Tensor],
 ) -> Tensor:
-    """Let each reward count where the scorer says, token by token; a collective call.
+    """Return per-token advantages from the scorer's regions; a collective call.
 
     Args:
-        run: the run; its numbers get "regions/<reward>", the mean share of a picture that a
-            region covers, and "regions/clamped", the share of token advantages that were clamped.
+        run: the run; its metrics get "regions/<reward>", the mean share of an image that a region
+            covers, and "regions/clamped", the share of token advantages that were clamped.
         drawn: this rank's chains.
-        rollout: what was sampled of them.
-        images: reference and what each turn made, [B][N + 1].
-        advantages: what each reward adds to the advantage of a turn, this rank's, [B, N].
+        rollout: their rollout.
+        images: reference and result of each turn, [B][N + 1].
+        advantages: this rank's share of each reward in the advantage of a turn, by name, [B, N].
 
     Returns:
         Advantages that broadcast over latents, [B, N, ...].
 
     Raises:
-        ScorerError: the scorer raises, or gives no region of a reward that is trained on.
-        Stopped: a signal came meanwhile.
+        ScorerError: the scorer raises, or gives no region for any trained reward.
+        Stopped: a signal arrived while waiting.
     """
     config = run.config.rewards
     regions = _regions(run, drawn, images)
@@ -71,9 +71,9 @@ def token_advantages(
 def _regions(
     run: Run, drawn: RoundChains, images: Sequence[Sequence[Image | None]]
 ) -> dict[str, Tensor]:
-    """Return the regions of every turn by reward, [B, N, H, W]; everywhere where nothing is asked.
+    """Return the regions of every turn by reward, float32 [B, N, H, W].
 
-    A turn that asks for no change is shown to no scorer.
+    Identity turns are not sent to the scorer; their region is the whole image.
     """
     size, count = run.config.sampling.batch, len(images)
     judged = judged_images(images, drawn.edits)
@@ -87,6 +87,8 @@ def _regions(
     for name in found[0]:
         whole = torch.ones(*edits.shape, height, width, dtype=torch.float32, device="cpu")
         for start, part in zip(range(0, count, size), found, strict=True):
+            # The scorer packs a chain's edits at the front and pads; the mask of edits puts each
+            # back at its turn. Both masks enumerate the same pairs in the same order.
             own = edits[start : start + size]
             turns = own.sum(dim=1)
             given = torch.arange(part[name].shape[1], device="cpu") < turns[:, None]
@@ -96,7 +98,7 @@ def _regions(
 
 
 def _log(run: Run, values: Mapping[str, Tensor]) -> None:
-    """Add the means over all ranks to the metrics of the round."""
+    """Add means over all ranks to the metrics of the round; a collective call."""
     means = torch.stack([x.double().mean() for x in values.values()])
     (ranks,), _ = mt.gather_ranks(means[None].to(run.device))
     for name, mean in zip(values, ranks.mean(dim=0).tolist(), strict=True):

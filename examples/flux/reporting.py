@@ -1,4 +1,4 @@
-"""Logs, pictures and reports of a run, and the conditions under which its rewards end it."""
+"""Logs, pictures and reports of a run, and circuit breakers on its rewards."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from .config import IDENTITY, flat
 from .rewards import scale_of
 from .run import Run
 
-DRIFT = "drift/outside_band"  # statistics outside their bands
-CHANGE = "chains/change"  # of the pixels, 0 to 255, over turns that ask for no change
+DRIFT = "drift/outside_band"  # number of statistics outside their bands
+CHANGE = "chains/change"  # mean absolute pixel change of identity turns, 0 to 255
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 def log_rewards(run: Run, rewards: RoundRewards) -> None:
-    """Add the rewards of all ranks to the metrics of the round, and draw them when it is due."""
+    """Add the rewards of all ranks to the round's metrics, and draw histograms if due."""
     counts = rewards.informative("following").counts
     run.numbers |= rewards.numbers()
     _warn_of_absent(run, rewards)
@@ -58,7 +58,7 @@ def log_rewards(run: Run, rewards: RoundRewards) -> None:
 
 
 def _warn_of_absent(run: Run, rewards: RoundRewards) -> None:
-    """Let the log say, once a process, which reward no trajectory of a round has."""
+    """Log rewards that no trajectory of the round has, once per process and reward."""
     for name in [name for name in rewards.absent if name not in run.absent]:
         run.absent.add(name)
         share = rewards.terms[name].unmeasured_share
@@ -69,11 +69,11 @@ def _warn_of_absent(run: Run, rewards: RoundRewards) -> None:
 
 
 def refuse_unsound_rewards(run: Run, rewards: RoundRewards) -> None:
-    """Stop a run whose rewards are lost or collapse.
+    """Raise if too many rewards are lost, or a reward collapses.
 
     Raises:
-        InvalidRewardsError: too many rewards were lost.
-        RewardCollapseError: a reward has fallen too far.
+        InvalidRewardsError: more than ``rewards.max_invalid`` of the trajectories lack a reward.
+        RewardCollapseError: a reward fell below its best by ``safety.collapse_drop``.
     """
     for name in rewards.names:
         rewards.terms[name].require(max_invalid_share=run.config.rewards.max_invalid)
@@ -81,7 +81,7 @@ def refuse_unsound_rewards(run: Run, rewards: RoundRewards) -> None:
     try:
         run.watch.check(rewards.means)
     except RewardCollapseError:
-        run.watch.load_state_dict(before)  # this round will be done again
+        run.watch.load_state_dict(before)  # a resumed run repeats this round; count it once
         raise
 
 
@@ -91,13 +91,13 @@ def carry_over(
     signals: Mapping[str, Signal] | None = None,
     group: Tensor | None = None,
 ) -> None:
-    """Take what the next round depends on: sampler, floor, history, adapted KL weight, turns.
+    """Update the state for the next round: sampler, floor, history, KL coefficient, turns.
 
     Args:
         run: the run.
-        rewards: rewards of the chains that the sampler drew; None for objectives without.
-        signals: what turns of the trained chains were credited with.
-        group: group id of each of those, [B]; None: they are those of ``rewards``.
+        rewards: rewards of the chains that the sampler drew; None for objectives without rewards.
+        signals: credit of each turn of the trained chains, by name.
+        group: group ids of the trained chains, [B]; None: the groups of ``rewards``.
     """
     state = run.state
     if state.history is not None and rewards is not None and signals:
@@ -110,6 +110,7 @@ def carry_over(
     consistency = math.nan if rewards is None else rewards.means.get("consistency", math.nan)
     if state.floor is not None and math.isfinite(consistency):
         state.floor = state.floor.update(consistency)
+    # Updates without a finite KL, such as skipped ones, do not count.
     kls = [means["kl"] for means in run.means if math.isfinite(means.get("kl", math.nan))]
     if state.kl is not None and kls:
         state.kl = state.kl.update(sum(kls) / len(kls))
@@ -119,7 +120,7 @@ def carry_over(
 
 
 def record(run: Run, bar: Bar) -> None:
-    """Write the metrics of the round that has ended."""
+    """Write the metrics of the finished round: means over its updates, and all other numbers."""
     for name in dict.fromkeys(name for means in run.means for name in means):
         values = [means[name] for means in run.means if name in means]
         run.numbers[f"training/{name}"] = sum(values) / len(values)
@@ -133,7 +134,7 @@ def record(run: Run, bar: Bar) -> None:
 def show_chains(
     run: Run, drawn: RoundChains, images: Sequence[Sequence[Image | None]], scores: Scores
 ) -> None:
-    """Draw a few members of the round's first groups, when it is due."""
+    """Draw three members of each of this rank's first two chains, if due."""
     if not pictures_due(run):
         return
     from mteditflow.training.pictures import Strip, draw_strips
@@ -166,7 +167,7 @@ def pictures_due(run: Run) -> bool:
 
 
 def draw(run: Run, name: str, figure: Figure) -> None:
-    """Write a picture, and give it to the trackers."""
+    """Write a figure to the run's folder, and log it to the trackers."""
     from mteditflow.training.pictures import log_pictures, write_picture
 
     number, folder = run.state.done + 1, run.config.output.folder / "pictures"
@@ -176,7 +177,7 @@ def draw(run: Run, name: str, figure: Figure) -> None:
 
 
 def summarize(run: Run) -> None:
-    """Write the report of the whole run with its pictures, and print it."""
+    """Write and print the report of the whole run, with its pictures."""
     if not run.main:
         return
     from mteditflow.training.pictures import draw_curves, draw_drift, write_chart
@@ -218,7 +219,7 @@ def summarize(run: Run) -> None:
 
 
 def _draw_chains(run: Run, before: Evaluation, after: Evaluation) -> None:
-    """Draw held-out chains before and after, unless images of them are gone."""
+    """Draw held-out chains before and after training; warn if images are missing."""
     from mteditflow.training.pictures import draw_before_after, write_picture
 
     assert run.held_out is not None
@@ -237,7 +238,7 @@ def _draw_chains(run: Run, before: Evaluation, after: Evaluation) -> None:
 
 
 def _warn_of_stale(run: Run, *names: str) -> None:
-    """Let the log say which files of an earlier end of the run were not written again."""
+    """Warn of files that an earlier end of the run wrote and this one did not replace."""
     folder = run.config.output.folder
     if left := [name for name in names if (folder / name).exists()]:
         run.log.warning(f"{folder}: left from an earlier end of the run: {', '.join(left)}")

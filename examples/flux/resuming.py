@@ -1,4 +1,4 @@
-"""Compare a run with the checkpoint that it resumes from, before a model is loaded."""
+"""Compare a run with the checkpoint to resume from, before any model is loaded."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mteditflow.training import Checkpoint, Checkpoints, read_metrics
 from .config import Config, ConfigError, dumped
 from .loading import Notes
 
-# Weights, optimizer and sampler are of these fields; another value is another run.
+# Weights, optimizer and sampler state depend on these fields; a change needs a new run.
 FIXED = (
     ("objective", "name"),
     *(("model", f"lora_{name}") for name in ("rank", "alpha", "targets", "start", "reference")),
@@ -27,11 +27,14 @@ HASHED = (
 
 
 def find_checkpoint(config: Config, notes: Notes) -> Checkpoint | None:
-    """Return the checkpoint to go on from, if there is one; of damaged ones the log is to say so.
+    """Return the checkpoint to resume from; None: the run starts at round 0.
+
+    Damaged checkpoints are reported in ``notes``.
 
     Raises:
-        ConfigError: there is one and ``output.resume`` is never, there is none of that name, all
-            are damaged or gone, or it is of another folder and this one holds a run.
+        ConfigError: ``output.resume`` is never and a checkpoint exists; the named checkpoint does
+            not exist; all checkpoints are damaged or gone; or the checkpoint is from another folder
+            and this one holds a run.
         ValueError: ``metrics.jsonl`` is damaged.
     """
     output = config.output
@@ -50,7 +53,7 @@ def find_checkpoint(config: Config, notes: Notes) -> Checkpoint | None:
     reasons = [str(warning.message) for warning in damaged]
     if found is None and not reasons:
         _refuse_lost_checkpoints(config, notes)
-    if found is None and reasons:  # to begin again would drop all that the run has measured
+    if found is None and reasons:  # starting over would discard the run's metrics
         raise ConfigError(
             f"output.resume: expected a whole checkpoint in {output.folder}, got damaged ones "
             f"alone; choose another folder, or delete them to begin again: {'; '.join(reasons)}"
@@ -63,9 +66,13 @@ def find_checkpoint(config: Config, notes: Notes) -> Checkpoint | None:
 
 
 def _refuse_lost_checkpoints(config: Config, notes: Notes) -> None:
-    """Refuse to begin where the metrics are of a run that has saved, or began, elsewhere.
+    """Refuse to start at round 0 if the metrics imply checkpoints that are missing.
 
-    A run that was killed before its first checkpoint begins again; the log says so.
+    A run that was killed before its first checkpoint starts over, with a message in the log.
+
+    Raises:
+        ConfigError: the metrics do not begin at round 1, or pass the first round that saves.
+        ValueError: the metrics are damaged.
     """
     path = config.output.folder / "metrics.jsonl"
     rounds = [int(line["round"]) for line in read_metrics(path)]
@@ -77,22 +84,22 @@ def _refuse_lost_checkpoints(config: Config, notes: Notes) -> None:
             f"in {config.output.folder / 'checkpoints'}; put them back, give output.resume the "
             f"checkpoint of another folder that the run began from, or delete {path} to begin again"
         )
-    notes.message(f"no checkpoint yet: {_spans(rounds)} of {path} will be done again")
+    notes.message(f"no checkpoint yet: {_spans(rounds)} of {path} will be repeated")
 
 
 def _first_save(config: Config) -> int:
-    """Return the first round after which a run saves at the latest."""
+    """Return the first round after which a run saves a checkpoint."""
     due = [config.output.checkpoint_every, config.training.rounds]
     return min(due if config.data.held_out is None else [*due, config.evaluation.every])
 
 
 def warn_of_lost_files(config: Config, found: Checkpoint, notes: Notes) -> None:
-    """Let the log say which metrics and evaluations that led to a checkpoint are gone.
+    """Warn of missing metrics and evaluations of rounds before a checkpoint.
 
     Args:
-        config: of this process.
-        found: checkpoint to go on from; one of another folder has left nothing in this one.
-        notes: get what is gone.
+        config: configuration of this process.
+        found: checkpoint to resume from; one from another folder has no files here to miss.
+        notes: collects the warnings.
 
     Raises:
         ValueError: the metrics are damaged.
@@ -119,7 +126,7 @@ def warn_of_lost_files(config: Config, found: Checkpoint, notes: Notes) -> None:
 
 
 def _spans(rounds: Sequence[int]) -> str:
-    """Return rounds in words.
+    """Return rounds as text, with runs of consecutive numbers as ranges.
 
     Example:
         >>> _spans([1, 2, 3, 7]), _spans([4])
@@ -133,7 +140,11 @@ def _spans(rounds: Sequence[int]) -> str:
 
 
 def _refuse_two_histories(config: Config, found: Checkpoint) -> None:
-    """Refuse a checkpoint of elsewhere where the folder has rounds that did not lead to it."""
+    """Refuse a checkpoint of another folder if this one already has rounds of its own.
+
+    Raises:
+        ConfigError: the folder has checkpoints, or metrics up to the checkpoint's round.
+    """
     folder = config.output.folder
     own = any((folder / "checkpoints").glob("round-*"))
     if own or any(line["round"] <= found.round for line in read_metrics(folder / "metrics.jsonl")):
@@ -144,7 +155,7 @@ def _refuse_two_histories(config: Config, found: Checkpoint) -> None:
 
 
 def fingerprints(config: Config) -> dict[str, str]:
-    """Return hashes of the files that a run depends on by field; hub ids have none."""
+    """Return hashes of the files that a run depends on, by field; Hub ids have no hash."""
     own = [(section, name) for section, name in HASHED if hasattr(config, section)]
     paths = {(section, name): getattr(getattr(config, section), name) for section, name in own}
     given = {".".join(field): path for field, path in paths.items() if path is not None}
@@ -155,20 +166,20 @@ def fingerprints(config: Config) -> dict[str, str]:
 def check_unchanged(
     config: Config, files: Mapping[str, str], found: Checkpoint, notes: Notes
 ) -> None:
-    """Refuse what differs from the run so far, or let the log say so where a run can go on with it.
+    """Compare a configuration with that of a checkpoint: refuse some changes, warn of others.
 
     Args:
-        config: of this process.
-        files: ``fingerprints`` of it.
-        found: checkpoint to go on from.
-        notes: get what has changed.
+        config: configuration of this process.
+        files: ``fingerprints`` of ``config``.
+        found: checkpoint to resume from.
+        notes: collects a warning for each accepted change.
 
     Raises:
-        ConfigError: a field or a file differs that the state of the run depends on.
+        ConfigError: a field or file differs that the state of the run depends on.
     """
     before, now = found.state["config"], dumped(config)
     folder, defaults = config.output.folder, dumped(type(config)())
-    for section, name in FIXED:  # a field of later than the checkpoint had its default there
+    for section, name in FIXED:  # fields newer than the checkpoint had their defaults
         was = before.get(section, {}).get(name, defaults[section][name])
         value = now[section][name]
         if was != value:

@@ -1,4 +1,4 @@
-"""Scorers of a run: a judge and a consistency server, or a scorer of the user's own."""
+"""Scoring in a run, by judge and consistency server or a custom scorer, and turn advantages."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ from .scorers import (
 
 
 class Submit:
-    """Asks a scorer in the background.
+    """Callable that submits chains to a scorer in the background.
 
     Args:
-        background: where it works.
-        scorer: a judge with a consistency server, or a scorer of the user's own.
+        background: where the scorer's coroutines run.
+        scorer: judge and consistency server, or a custom scorer.
     """
 
     def __init__(self, background: Background, scorer: Services | CheckedScorer) -> None:
@@ -70,7 +70,7 @@ class Submit:
         """Return the future of regions; see ``RegionScorer.regions``.
 
         Raises:
-            TypeError: the scorer gives none.
+            TypeError: the scorer is not a custom one; services give no regions.
         """
         if not isinstance(self._scorer, CheckedScorer):
             raise TypeError("scorer: expected one of the user's own, which has regions")
@@ -78,7 +78,7 @@ class Submit:
 
 
 def judge_client(config: Rewards, **options: Any) -> ChatClient:
-    """Return a client of the configured judge, whose key is in the environment."""
+    """Return a client of the configured judge; its API key comes from the environment."""
     return ChatClient(
         config.judge,
         config.judge_model,
@@ -91,9 +91,9 @@ def judge_client(config: Rewards, **options: Any) -> ChatClient:
 def consistency_client(
     config: Rewards, pairing: str | None = None, **options: Any
 ) -> ConsistencyClient:
-    """Return a client of the configured consistency server, whose token is in the environment.
+    """Return a client of the configured consistency server; its token comes from the environment.
 
-    ``pairing`` None is the configured one, and of both that with the reference.
+    ``pairing`` defaults to the configured one; for "both" that is "reference".
     """
     own = "reference" if config.pairing == "both" else config.pairing
     return ConsistencyClient(
@@ -114,7 +114,7 @@ def pairings(config: Rewards) -> dict[str, str]:
 
 
 class Services:
-    """A judge for "following", and a consistency server for the others, asked at once."""
+    """Judge for "following" and consistency server for the other terms, called concurrently."""
 
     def __init__(self, config: Rewards, cache: AnswerCache) -> None:
         self.client = judge_client(config, cache=cache)
@@ -143,16 +143,17 @@ class Services:
             tasks.start_soon(follow)
             for term, client in self._looks.items():
                 tasks.start_soon(look, term, client)
+        # Tasks finish in any order, but ranks gather terms one by one and need the same order.
         return dict(sorted(found.items(), reverse=True))
 
     async def following(
         self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]
     ) -> TurnScores:
-        """Ask how well each turn was followed."""
+        """Return the judge's scores of following."""
         return await self._judge.score(chains, images)
 
     def consistency(self, scores: ConsistencyScores) -> dict[str, TurnScores]:
-        """Name the terms of what the consistency server found."""
+        """Return the terms of a response of the consistency server, by name."""
         return {"consistency": self._compared(scores)}
 
     def _compared(self, scores: ConsistencyScores) -> TurnScores:
@@ -160,11 +161,11 @@ class Services:
 
 
 def check_services(config: Rewards) -> None:
-    """Refuse what no server has to be asked for: the scorer, its scale, the URLs.
+    """Check scorer, scale and URLs, without any request.
 
     Raises:
-        ConfigError: there is no such scorer, or its scale is not the one that is configured.
-        ValueError: a URL does not end in /v1, or an option of requests cannot be sent.
+        ConfigError: the scorer does not exist, or its scale is not the configured one.
+        ValueError: a URL does not end in /v1, or a request option cannot be sent.
     """
     scale_of(config)
     if config.regions and config.scorer is not None:
@@ -176,14 +177,14 @@ def check_services(config: Rewards) -> None:
 
 
 def require_services(config: Rewards, *, images: int) -> None:
-    """Ask every judge and consistency server one small question, before a run that needs them.
+    """Send one small request to every judge and consistency server, before the run.
 
     Args:
-        config: who scores.
-        images: most images in one request to the judge.
+        config: options of the services.
+        images: largest number of images in one request to the judge.
 
     Raises:
-        ValueError: one does not answer; the message says why.
+        ValueError: a service does not answer; the message has the reason.
     """
     brief = {"timeout": min(config.timeout, QUESTION), "attempts": 2}
     if config.judge:
@@ -197,17 +198,17 @@ def require_services(config: Rewards, *, images: int) -> None:
 
 @contextmanager
 def scoring(config: Rewards, cache: Path) -> Iterator[Submit]:
-    """Score in the background while the block lasts.
+    """Score in the background inside the block.
 
     Args:
-        config: who scores.
-        cache: file of the answers: a round that is done again does not ask again.
+        config: options of scoring.
+        cache: file of answers, so that a repeated round sends no request twice.
 
     Returns:
-        Takes chains and images, and returns the future of their scores.
+        Callable that takes chains and images, and returns the future of their scores.
 
     Raises:
-        ConfigError: there is no such scorer, or its scale is not the one that is configured.
+        ConfigError: the scorer does not exist, or its scale is not the configured one.
     """
     with AnswerCache(cache) as answers, Background() as background:
         own = None if config.scorer is None else own_scorer(config, config.scorer)
@@ -215,11 +216,11 @@ def scoring(config: Rewards, cache: Path) -> Iterator[Submit]:
 
 
 def own_scorer(config: Rewards, path: str) -> CheckedScorer:
-    """Make the scorer of the user's own that a path names; its scores are checked.
+    """Return an instance of a custom scorer whose results are checked.
 
     Raises:
-        ConfigError: there is no such scorer, or its scale is not the one that is configured.
-        ScorerError: it cannot be made.
+        ConfigError: the scorer does not exist, or its scale is not the configured one.
+        ScorerError: its constructor raises.
     """
     judge = JudgedBy(scorer=path, terms=consistency_terms(path))
     return CheckedScorer(path, scale_of(config), judge.consistency_range)
@@ -229,8 +230,8 @@ def scale_of(config: Rewards) -> Scale:
     """Return the scale of "following", with the configured threshold of success.
 
     Raises:
-        ConfigError: the scorer declares no scale and none is configured, another is configured
-            than it declares, or the threshold is off the scale.
+        ConfigError: the scorer declares no scale and none is configured, the configured scale
+            differs from the declared one, or the threshold is outside the scale.
     """
     scale = SCALES[config.scale or "likert"]
     if config.scorer is not None:
@@ -242,7 +243,11 @@ def scale_of(config: Rewards) -> Scale:
 
 
 def _declared(scorer: str, given: str | None) -> Scale:
-    """Return the scale that a scorer's class declares, or the given one where it declares none."""
+    """Return the scale that a scorer's class declares, else the configured one.
+
+    Raises:
+        ConfigError: both exist and differ, or neither exists.
+    """
     declared = declared_scale(scorer)
     if declared is not None:
         if given is not None and SCALES[given] != declared:
@@ -266,7 +271,7 @@ def prompt_of(config: Rewards) -> JudgePrompt:
 
 
 def judged_by(config: Rewards) -> JudgedBy:
-    """Return who scores, for the record; servers are asked who they are, for seconds at most."""
+    """Return the provenance of scores; asks servers for their identity, which takes seconds."""
     scale = scale_of(config)
     if config.scorer is not None:
         version = code_version(named_scorer(config.scorer))
@@ -297,10 +302,10 @@ def judged_by(config: Rewards) -> JudgedBy:
 
 
 def round_rewards(config: Rewards, terms: Mapping[str, TurnScores], group: Tensor) -> RoundRewards:
-    """Aggregate the scores of a round, once for all that reads them.
+    """Return the rewards of a round, aggregated from its scores.
 
     Raises:
-        ConfigError: a weight above 0, or the floor, has no term.
+        ConfigError: a reward with weight above 0, or with a floor, has no scores.
     """
     trained = _trained(config, terms)
     names = dict.fromkeys([*trained, "following"])
@@ -310,15 +315,15 @@ def round_rewards(config: Rewards, terms: Mapping[str, TurnScores], group: Tenso
 def turn_signals(
     config: Rewards, rewards: RoundRewards, multipliers: Mapping[str, float]
 ) -> tuple[dict[str, mt.Signal], dict[str, float]]:
-    """Credit turns with every reward that is trained on; under until_failure up to the failure.
+    """Assign credit for every trained reward to turns; under until_failure, up to the failure.
 
     Args:
         config: credit, and weights of the rewards.
         rewards: rewards of the round.
-        multipliers: Lagrange multiplier of the reward that has a floor.
+        multipliers: Lagrange multiplier by name of a reward with a floor.
 
     Returns:
-        Signals [B, N] by name, and the weight of each.
+        Signals [B, N] by "<reward>/<index of the credit>", and the weight of each.
     """
     own = {name: config.weights.get(name, 0.0) for name in rewards.names}
     signals, weights = {}, {}
@@ -331,9 +336,9 @@ def turn_signals(
                 else rewards.terms[name].credited(reward, credit)
             )
             weights[f"{name}/{i}"] = weight * share
-    if config.credit == "until_failure":  # here, so that a history holds no later turns either
+    if config.credit == "until_failure":  # mask signals, so the history excludes those turns, too
         following = rewards.terms["following"]
-        # A turn with nothing to follow, such as one that asks for no change, fails nothing.
+        # An identity turn has no following score, and so cannot fail.
         success = scale_of(config).followed(following.score) | following.unmeasured
         keep = mt.stop_after_failure(success, turn_mask=following.turn_mask).bool()
         signals = {
@@ -346,10 +351,10 @@ class Advantages(NamedTuple):
     """Advantages of a round.
 
     Attributes:
-        value: of each turn, [B, N].
-        valid: turns that are trained on, boolean [B, N].
-        unfused_groups: number of groups with turns left out because a reward had nothing to measure
-            in any member, so that reward fusion has no sum there; 0 under advantage fusion.
+        value: advantage of each turn, [B, N].
+        valid: turns to train on, boolean [B, N].
+        unfused_groups: number of groups with turns left out because a reward was measured in no
+            member, so that reward fusion has no sum there; 0 under advantage fusion.
     """
 
     value: Tensor
@@ -364,13 +369,22 @@ def turn_advantages(
     weights: Mapping[str, float],
     history: mt.RewardHistory | None = None,
 ) -> Advantages:
-    """Fuse signals into the advantage of each turn and whether it is trained on."""
+    """Normalize signals within groups and fuse them into one advantage per turn.
+
+    Args:
+        config: fusion, divisor, and clamp of advantages.
+        rewards: rewards of the round.
+        signals: signals by name, as returned by ``turn_signals``.
+        weights: weight of each signal.
+        history: rewards of earlier rounds that enter the statistics of groups.
+    """
     joined = _Joined.of(config, rewards, signals, history)
     keep, own = joined.keep, len(rewards.group)
     if config.fusion == "rewards":
         keep = keep & _measured_in_groups(joined.signals, weights, joined.group, keep)
     left_out = joined.keep & ~keep & joined.exists
     advantage = joined.fused(config, weights, keep)
+    # Remembered rows only enter the statistics of their groups; they are cut off here.
     return Advantages(
         mt.clamp_advantage(advantage.value[:own], limit=config.advantage_limit),
         advantage.valid[:own],
@@ -385,12 +399,13 @@ def reward_advantages(
     weights: Mapping[str, float],
     history: mt.RewardHistory | None = None,
 ) -> dict[str, Tensor]:
-    """Return what each reward adds to ``turn_advantages`` under advantage fusion, [B, N] each.
+    """Return the share of each reward in ``turn_advantages`` under advantage fusion, [B, N] each.
 
-    The sum is theirs before it is clamped: the same turns are compared for every reward.
+    The shares add up to the advantages before the clamp.
     """
     joined = _Joined.of(config, rewards, signals, history)
     used = [name for name, weight in weights.items() if weight != 0]
+    # Every reward is normalized over the turns that are valid for all, or shares would not add up.
     valid = torch.stack([joined.signals[name].valid for name in used]).all(dim=0)
     found = {}
     for reward in dict.fromkeys(name.rpartition("/")[0] for name in used):
@@ -400,13 +415,13 @@ def reward_advantages(
 
 
 class _Joined(NamedTuple):
-    """Signals of a round above those that are remembered, [B + P, N] each.
+    """Signals of a round's B trajectories, followed by P remembered ones of earlier rounds.
 
     Attributes:
-        signals: signals by name.
+        signals: signals by name, [B + P, N].
         group: integer group ids, [B + P].
-        keep: turns that may take part, boolean.
-        exists: turns that exist, boolean.
+        keep: turns that may be trained on, boolean [B + P, N].
+        exists: turns that exist, boolean [B + P, N].
     """
 
     signals: Mapping[str, mt.Signal]
@@ -433,7 +448,7 @@ class _Joined(NamedTuple):
         return cls(signals, group, torch.cat([keep, past]), torch.cat([exists, past]))
 
     def fused(self, config: Rewards, weights: Mapping[str, float], keep: Tensor) -> mt.Signal:
-        """Fuse the signals that have a weight, compared over the turns to keep."""
+        """Fuse the signals in ``weights``, with statistics over the kept turns."""
         return mt.turn_advantage(
             {name: self.signals[name] for name in weights},
             weights,
@@ -448,9 +463,9 @@ class _Joined(NamedTuple):
 def _measured_in_groups(
     signals: Mapping[str, mt.Signal], weights: Mapping[str, float], group: Tensor, keep: Tensor
 ) -> Tensor:
-    """Turns whose groups have every signal with a weight measured in some valid member, [B, N].
+    """Return turns whose group has each weighted signal measured in a valid member, [B, N].
 
-    A turn where no member has any is left to ``turn_advantage``: it is unmeasured altogether.
+    Turns where no member has any signal stay, too: ``turn_advantage`` treats them as unmeasured.
     """
     used = [signal for name, signal in signals.items() if weights[name] != 0]
     valid = torch.stack([signal.valid for signal in used]).all(dim=0) & keep
@@ -459,7 +474,11 @@ def _measured_in_groups(
 
 
 def _trained(config: Rewards, terms: Mapping[str, TurnScores]) -> list[str]:
-    """Names of the terms that have a weight above 0, or a floor."""
+    """Return the names of terms with a weight above 0 or a floor.
+
+    Raises:
+        ConfigError: such a term has no scores.
+    """
     names = [name for name, weight in config.weights.items() if weight > 0]
     if config.floor is not None and "consistency" not in names:
         names.append("consistency")
@@ -472,7 +491,7 @@ def _trained(config: Rewards, terms: Mapping[str, TurnScores]) -> list[str]:
 
 
 def _credits(config: Rewards) -> dict[mt.Credit | None, float]:
-    """Credits of each reward with the share of each; None is the reward of the whole chain."""
+    """Return the credit assignments of each reward with their shares; None: the whole chain's."""
     turn, share = mt.TurnCredit(), config.trajectory_share
     return {
         "trajectory": {None: 1.0},
@@ -484,7 +503,7 @@ def _credits(config: Rewards) -> dict[mt.Credit | None, float]:
 
 
 def _aggregation(config: Rewards, name: str) -> Aggregation:
-    """How a term's scores become rewards."""
+    """Return how a term's scores become rewards: per turn, and over turns."""
     if name != "following":
         return Aggregation(lambda score: score)
     scale = scale_of(config)

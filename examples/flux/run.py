@@ -34,24 +34,23 @@ from .rewards import Submit
 
 
 class Stopped(Exception):  # noqa: N818, since it is no error
-    """A signal asked the run to end; its weights are those of the last whole round."""
+    """The run received a signal to stop; its weights are those of the last complete round."""
 
 
 @dataclass
 class State:
-    """State of a run between two rounds, beside weights, optimizer, sampler and watch.
+    """State of a run between two rounds, besides weights, optimizer, sampler and watch.
 
     Attributes:
-        done: rounds that are done.
+        done: completed rounds.
         updates: optimizer steps taken.
-        skipped: optimizer steps skipped in a row, for losses that are not finite.
-        floor: multiplier of consistency, where it has a floor.
-        kl: weight of the KL to the reference, where it follows a target.
-        history: rewards of earlier rounds of each chain, where they are remembered.
-        depth: turns that grow by what the editor leaves still, where they do.
+        skipped: optimizer steps skipped in a row because of non-finite losses.
+        floor: Lagrange multiplier of consistency; None without ``rewards.floor``.
+        kl: adapted coefficient of the KL to the reference; None without ``training.kl_target``.
+        history: rewards of earlier rounds of each chain; None without ``rewards.history``.
+        depth: curriculum of turns by pixel change; None without ``growth.change``.
         turns: turns of the last round that began; 0 before the first.
-        teacher: outcomes of the sessions edited by the teacher, up to each turn that is compared;
-            None until they are needed.
+        teacher: session outcomes of the teacher, up to each compared turn; None until computed.
     """
 
     done: int = 0
@@ -72,25 +71,27 @@ class State:
 
 @dataclass(eq=False)
 class Run:
-    """One rank of a run: editor and policies, data, optimizer, and where everything is written.
+    """One rank of a run: editor and policies, data, optimizer, and outputs.
 
     Attributes:
-        submit: takes chains and images, and returns the future of their scores.
-        sibling: samples in place of the editor; None: the editor does.
-        method: name of what trains, in titles.
-        judged_by: who scores.
-        sessions: chains on which a student is compared with its teacher; None: it never is.
-        found: checkpoint that the run goes on from; None where it begins.
-        files: hashes of the files that the run depends on, as ``resuming.fingerprints`` gives them.
+        submit: function of chains and images that returns the future of their scores.
+        sibling: distilled editor that samples; None: the editor samples itself.
+        method: name of the objective, for titles.
+        judged_by: provenance of the scores.
+        sessions: chains on which student and teacher are compared; None: no comparison.
+        found: checkpoint to resume from; None: the run starts at round 0.
+        files: hashes of the files that the run depends on, from ``resuming.fingerprints``.
         numbers: metrics of the round in progress.
-        means: means of the metrics of each of its updates.
-        absent: rewards of which the log has said that a round was without them.
-        drift: watches statistics of pictures; None: nothing does.
-        alarms: statistics that have left their bands: "round", "statistic", "value", "low",
-            "high" and "picture" of each.
-        first_round: first round of this process.
-        saved: round of the checkpoint that a start would go on from.
-        between: whether the weights are those of ``state.done`` rounds, and not of half a round.
+        means: mean metrics of each update of the round.
+        batches: rest of the sampler's current epoch, as lists of indices.
+        absent: rewards whose absence from a round has been logged.
+        drift: drift detector; None without ``safety.drift_members``.
+        alarms: drift alarms so far, each with "round", "statistic", "value", "low", "high" and
+            "picture".
+        first_round: completed rounds at the start of this process; -1 before ``restore``.
+        saved: round of the checkpoint that a restart would resume from; -1: none known.
+        between: whether weights are exactly those after ``state.done`` rounds; False from the first
+            update of a round to its end.
     """
 
     config: Config
@@ -125,7 +126,7 @@ class Run:
 
     @property
     def begun(self) -> bool:
-        """Whether it has gone on from a checkpoint, or begun without one."""
+        """Whether the run has been restored, or started without a checkpoint."""
         return self.first_round >= 0
 
     @property
@@ -146,13 +147,16 @@ class Run:
 
     @property
     def key(self) -> RoundKey:
-        """Key of this rank's random numbers in the round in progress."""
+        """Key of this rank's random numbers in the current round.
+
+        It counts trajectories over all ranks, so the numbers do not depend on how they are split.
+        """
         first = int(self.accelerator.process_index) * self.own
         return RoundKey(self.config.training.seed, self.state.done, first)
 
     @property
     def objective(self) -> Objective:
-        """The objective as it is in this round."""
+        """Objective of this round, with the adapted KL coefficient."""
         objective = self.config.objective
         return (
             objective if self.state.kl is None else replace(objective, kl_coef=self.state.kl.value)
@@ -160,22 +164,22 @@ class Run:
 
     @property
     def turns(self) -> int:
-        """Turns of the chains of this round; where the student drifts, those without a change."""
+        """Turns of this round's chains; under mt_opsd, identity turns before the trained one."""
         if self.state.depth is not None:
             return self.state.depth.depth
         return self.config.growth.turns(self.state.done, self.config.most_turns)
 
     def stop_if_requested(self) -> None:
-        """End the run here if any rank got a signal; a collective call.
+        """Raise if any rank has received a signal; a collective call.
 
         Raises:
-            Stopped: one did.
+            Stopped: a rank has.
         """
         if self.termination.agreed():
             raise Stopped(self.termination.signal or "a signal to another rank")
 
     def begin_round(self) -> None:
-        """Set learning rate and turns of the round, and forget the metrics of the last one."""
+        """Set the learning rate and turns of the round, and clear the metrics."""
         training = self.config.training
         rate = training.learning_rate * learning_rate_share(
             self.state.done,
@@ -184,6 +188,7 @@ class Run:
             warmup=training.warmup_rounds,
             final=training.final_rate if training.schedule != "constant" else 1.0,
         )
+        # Weight decay as well: a restored optimizer has that of its checkpoint.
         for group in self.optimizer.param_groups:
             group.update(lr=rate, weight_decay=training.weight_decay)
         self.means, self.numbers = [], {"training/learning_rate": rate, "training/empty_updates": 0}
@@ -191,18 +196,18 @@ class Run:
             self._begin_turns()
 
     def _begin_turns(self) -> None:
-        """Note the turns of the round; rewards of longer chains are no fall of the shorter's."""
+        """Log the turns of the round, and restart the collapse watch if they have changed."""
         before, self.state.turns = self.state.turns, self.turns
         self.numbers["chains/turns"] = self.turns
         if before not in (0, self.turns):
-            self.watch.restart()
+            self.watch.restart()  # longer chains earn less, which must not count as a collapse
             self.log.message(f"round {self.state.done + 1}: {self.turns} turns, {before} before")
 
     def count(self, update: Update) -> None:
-        """Take one optimizer step into account, and move the averaged policy when it is due.
+        """Count one optimizer step, and update the averaged policy if due.
 
         Raises:
-            FloatingPointError: too many updates in a row were skipped.
+            FloatingPointError: ``safety.max_skipped`` updates in a row were skipped.
         """
         training, state = self.config.training, self.state
         if update.outcome == "empty":
@@ -213,9 +218,11 @@ class Run:
             state.skipped += 1
             self.log.warning(f"round {state.done + 1}: an update was skipped, {update.reason}")
             if state.skipped >= self.config.safety.max_skipped:
-                raise FloatingPointError(f"{state.skipped} updates in a row: {update.reason}")
+                raise FloatingPointError(
+                    f"{state.skipped} skipped updates in a row: {update.reason}"
+                )
             return
-        state.skipped, self.between = 0, False
+        state.skipped, self.between = 0, False  # only consecutive skips count
         state.updates += 1
         if training.ema_decay > 0 and state.updates % training.ema_every == 0:
             decay = ema_decay(state.updates, maximum=training.ema_decay)

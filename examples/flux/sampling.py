@@ -1,4 +1,4 @@
-"""Rollouts of a round, scored in the background while the next ones are sampled."""
+"""Rollouts of a round; each part is scored in the background while the next is sampled."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .config import IDENTITY
 from .few_steps import sampling_call
 from .run import Run
 
-POLL = 1.0  # s between looks for a signal while scores are waited for
+POLL = 1.0  # seconds between checks for a signal while waiting for scores
 
 Scores = dict[str, TurnScores]
 Value = TypeVar("Value")
@@ -36,12 +36,12 @@ class RoundChains:
     """This rank's part of a round: one entry per trajectory.
 
     Attributes:
-        chains: records of the turns that ask for an edit, which are what is judged.
-        references: images that turn 1 edits; None each for text to image.
+        chains: records with the edit turns only; these are what scorers receive.
+        references: input images of turn 1; None for text to image.
         group: integer group id, [B].
-        seen: images that each turn is given, as ``Editor.roll_out`` takes them.
-        instructions: what to do at each turn, [B][N].
-        edits: turns that ask for an edit, boolean [B, N]; the others ask for no change.
+        seen: input images of each turn, in the form that ``Editor.roll_out`` takes.
+        instructions: instruction of each turn, [B][N].
+        edits: edit turns, boolean [B, N]; False: an identity turn, which asks for no change.
     """
 
     chains: Sequence[Chain]
@@ -53,7 +53,7 @@ class RoundChains:
 
 
 def next_chains(run: Run) -> RoundChains:
-    """Draw this rank's chains of the round, as long as they are by now."""
+    """Draw this rank's chains of the round, cut to the current number of turns."""
     indices = next(run.batches, None)
     if indices is None:
         run.batches = iter(run.sampler)
@@ -62,7 +62,7 @@ def next_chains(run: Run) -> RoundChains:
 
 
 def chains_at(run: Run, indices: Sequence[int]) -> RoundChains:
-    """Return the chains of some trajectories, as long as they are in this round."""
+    """Return the chains at some indices, cut to the round's number of turns."""
     batch = collate_chains(run.chains.__getitems__(indices))
     data, turns = run.config.data, 1 if run.config.drifts else run.turns
     seen = {index: run.chains.seen(index, data.history) for index in dict.fromkeys(indices)}
@@ -76,9 +76,10 @@ def chains_at(run: Run, indices: Sequence[int]) -> RoundChains:
 
 
 def edit_turns(key: RoundKey, group: Tensor, turns: int, identity_share: float) -> Tensor:
-    """Draw which turns ask for an edit, boolean [B, N]: alike for a group, whatever the rank.
+    """Draw which turns ask for an edit, boolean [B, N].
 
-    One turn of each chain does at least, so that there is something to follow.
+    The draw depends only on round and chain, so members of a group agree across ranks. Each chain
+    keeps at least one edit turn; without one there would be nothing to score for following.
     """
     drawn: dict[int, list[bool]] = {}
     for chain in dict.fromkeys(group.tolist()):
@@ -90,7 +91,7 @@ def edit_turns(key: RoundKey, group: Tensor, turns: int, identity_share: float) 
 
 
 def _laid_out(values: Sequence[Value], edits: Tensor, other: Value) -> list[Value]:
-    """Put a value of each edit at its turn, and another one at every turn between them."""
+    """Spread values over the edit turns; all other turns get ``other``."""
     left = iter(values)
     return [next(left) if edit else other for edit in edits.tolist()]
 
@@ -106,10 +107,19 @@ def roll_out(
     purpose: str = "noise",
     places: Sequence[int] | None = None,
 ) -> Iterator[Part]:
-    """Edit chains part by part with the policy that samples, each from its own noise.
+    """Yield rollouts part by part under the sampling policy, each trajectory from its own noise.
 
-    ``places`` are those of the trajectories among this rank's; None: they are all of a round. Only
-    then are signals looked for after each part, since all ranks have as many.
+    Args:
+        run: the run.
+        references: input images of turn 1, [B].
+        instructions: instructions, [B][N].
+        group: integer group id, [B].
+        how: solver and stochastic steps.
+        seen: input images of each turn; None: the previous result.
+        purpose: name of the noise in its random key.
+        places: place of each trajectory among this rank's, which keys its noise. None: all
+            trajectories of a round, in order. Only then are signals checked between parts: the
+            check is collective, and ranks must have equally many parts.
     """
     rows = range(len(references)) if places is None else places
     editor = run.editor if run.sibling is None else run.sibling.editor
@@ -139,17 +149,17 @@ def sample(
     purpose: str = "noise",
     places: Sequence[int] | None = None,
 ) -> tuple[Rollout | Buckets, list[list[Image | None]], Scores]:
-    """Roll out this rank's chains; each part is scored while the next one is sampled.
+    """Roll out this rank's chains; each part is scored while the next is sampled.
 
     Args:
         run: the run.
         drawn: chains of this rank.
-        purpose: name of the noise.
+        purpose: name of the noise in its random key.
         places: as in ``roll_out``.
 
     Returns:
-        The record, in buckets where images differ in size; images [reference, turn 1, ..., turn N]
-        of each trajectory; scores by term, [B, N] each.
+        The rollout, in buckets if latent shapes differ; images [reference, turn 1, ..., turn N] of
+        each trajectory; scores by term, [B, N] each.
     """
     objective = run.objective
     how = objective.sampling(run.state.done, steps=run.config.sampling.steps)
@@ -176,7 +186,7 @@ def sample(
 def judged_images(
     images: Sequence[Sequence[Image | None]], edits: Tensor
 ) -> list[list[Image | None]]:
-    """Return reference and edits alone: what a scorer reads beside the records of the edits."""
+    """Return reference and results of edit turns, without identity turns, for scorers."""
     return [
         [first, *(image for image, edit in zip(rest, own, strict=True) if edit)]
         for (first, *rest), own in zip(images, edits.tolist(), strict=True)
@@ -184,14 +194,16 @@ def judged_images(
 
 
 def stillness(images: Sequence[Sequence[Image | None]], identity: Tensor) -> TurnScores:
-    """Score turns that ask for no change: 1 minus the mean change of pixels over 255.
+    """Score identity turns: 1 minus the mean absolute pixel change over 255.
 
-    Nobody is asked, since the picture that the turn was given is the right one. There is nothing to
-    measure at the other turns.
+    No scorer is needed, since the input image is the exact target.
 
     Args:
-        images: reference and what each turn made, [B][N + 1].
-        identity: turns that ask for no change, boolean [B, N].
+        images: reference and result of each turn, [B][N + 1].
+        identity: identity turns, boolean [B, N].
+
+    Returns:
+        Scores in [0, 1], float32 [B, N]; NaN (not measured) at edit turns.
     """
     score = torch.full(identity.shape, torch.nan, dtype=torch.float32)
     for b, n in identity.nonzero().tolist():
@@ -203,7 +215,7 @@ def stillness(images: Sequence[Sequence[Image | None]], identity: Tensor) -> Tur
 
 
 def sampling_as(run: Run, policy: str) -> AbstractContextManager[None]:
-    """Let what samples be a policy: the model in training, or its sibling with a copy of it."""
+    """Return a context in which the trained model, or its sibling, samples with a policy."""
     few_steps = run.config.sampling.lora is not None
     if run.sibling is None:
         return run.policies.use(policy, few_steps=few_steps)
@@ -211,14 +223,15 @@ def sampling_as(run: Run, policy: str) -> AbstractContextManager[None]:
 
 
 def joined(parts: Sequence[Rollout]) -> Rollout | Buckets:
-    """Join rollouts in their order: one where all latents are of one shape, else buckets."""
+    """Join rollouts in order: one rollout if all latents have one shape, else buckets."""
+    # Consecutive parts only: each bucket holds a contiguous range of trajectories.
     shapes = groupby(parts, key=lambda part: part.trajectory.latents.shape[3:])
     buckets = [Rollout.concatenate(list(own)) for _, own in shapes]
     return buckets[0] if len(buckets) == 1 else Buckets(buckets)
 
 
 def velocity_of(policies: LoraPolicies, samples: Rollout | Buckets) -> Velocity:
-    """Return the velocities of the policies on a record."""
+    """Return the policies' velocity function on a rollout."""
     if isinstance(samples, Rollout):
         return RolloutVelocity(policies, samples)
     parts = cast(Sequence[Rollout], samples.parts)
@@ -226,20 +239,20 @@ def velocity_of(policies: LoraPolicies, samples: Rollout | Buckets) -> Velocity:
 
 
 def collect(run: Run, waiting: Sequence[Future[Mapping[str, TurnScores]]]) -> Scores:
-    """Wait for the scores of every part, on all ranks, and join them; a collective call.
+    """Wait for the scores of all parts on all ranks, and join this rank's; a collective call.
 
     Raises:
-        Stopped: a signal came meanwhile.
+        Stopped: a signal arrived while waiting.
     """
     scored = await_all(run, waiting, "rewards")
     return {name: TurnScores.concatenate([s[name] for s in scored]) for name in scored[0]}
 
 
 def await_all(run: Run, waiting: Sequence[Future[Value]], name: str) -> list[Value]:
-    """Wait for what a scorer makes of every part, on all ranks; a collective call.
+    """Wait for a scorer's results of all parts on all ranks; a collective call.
 
     Raises:
-        Stopped: a signal came meanwhile.
+        Stopped: a signal arrived while waiting.
     """
     with (
         run.log.stopwatch.phase("scoring"),
@@ -249,6 +262,7 @@ def await_all(run: Run, waiting: Sequence[Future[Value]], name: str) -> list[Val
         while unfinished:
             done, left = wait(waiting, timeout=POLL)
             bar.advance(len(done) - bar.done)
+            # Every rank polls until the last is done: stop_if_requested is collective, too.
             (lefts,), _ = gather_ranks(torch.tensor([len(left)], device=run.device))
             unfinished = bool(lefts.any())
             run.stop_if_requested()
@@ -259,7 +273,7 @@ def gather(run: Run, scores: Scores, group: Tensor) -> tuple[Scores, Tensor, sli
     """Join scores and group ids of all ranks; a collective call.
 
     Returns:
-        Scores by term and group ids of all trajectories, and the slice of this rank's.
+        Scores by term and group ids of all trajectories, and the slice that is this rank's.
     """
     joined, own = gather_scores(scores, device=run.device)
     (groups,), _ = gather_ranks(group.to(run.device))

@@ -1,8 +1,8 @@
-"""Scorers of the user's own: how one is found, and what it has to return.
+"""Custom scorers: how a class is imported, and what its methods must return.
 
-A scorer is a class that ``--scorer module:name`` (of a trainer ``--rewards.scorer``) names; its
-module is looked for in the current folder, too. What it must be is checked before anything is
-loaded, what it returns whenever it is asked:
+A scorer is a class named by ``--scorer module:name`` (in a trainer ``--rewards.scorer``); modules
+in the current folder are found, too. The class is checked before models are loaded, and its
+results after each call. A minimal scorer:
 
     import torch
     from mteditflow.rewards import BINARY, TurnScores
@@ -17,7 +17,7 @@ loaded, what it returns whenever it is asked:
             following = torch.where(exists, 1.0, torch.nan)  # [B, N], NaN where there is no score
             return {"following": TurnScores(following, exists, {})}
 
-For ``--rewards.regions`` it has the method ``regions`` of ``RegionScorer``, too.
+``--rewards.regions`` also needs the method ``regions`` of ``RegionScorer``.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ from mteditflow.rewards import Scale, TurnScores
 from .config import ConfigError
 
 TERMS = (None, "features", "l1")
-PROGRAM_ENDS = (Exception, SystemExit)  # of a user's code, which must not end a command
+PROGRAM_ENDS = (Exception, SystemExit)  # a custom scorer must not end the program by sys.exit
 
 
 class ScorerError(ValueError):
-    """A scorer fails, or does not return what it has to."""
+    """A scorer raises, or returns invalid scores."""
 
 
 class Scorer(Protocol):
-    """Scorer of chains; ``--rewards.scorer module:name`` names a class of it.
+    """Protocol of a custom scorer, whose class is given by ``--rewards.scorer module:name``.
 
-    The class takes no arguments. It declares the scale of its "following" scores as ``scale``, such
-    as ``mteditflow.rewards.LIKERT``, ``BINARY`` or ``Scale(0, 10, success=8)``. It is a class
-    attribute, so that the threshold of success is checked before anything is loaded. "consistency",
-    and its parts "object" and "background", are in [0, 1]; a class that declares
-    ``consistency_terms = "features"`` gives cosines in [-1, 1].
+    The class takes no arguments. Its class attribute ``scale`` is the scale of its "following"
+    scores, such as ``mteditflow.rewards.LIKERT``, ``BINARY`` or ``Scale(0, 10, success=8)``; the
+    threshold of success is checked against it before models are loaded. "consistency", and its
+    parts "object" and "background", are in [0, 1], or cosines in [-1, 1] if the class has
+    ``consistency_terms = "features"``.
 
-    A class that knows where edits are may have the static method ``edited_pixels(chain,
-    reference)``: pixels that each turn of a chain may change, boolean [N, H, W]. The trainer then
-    watches the change of the others; it never trains.
+    A class that can locate edits may have the static method ``edited_pixels(chain, reference)``,
+    which returns the pixels that each turn of a chain may change, boolean [N, H, W]. The trainer
+    then monitors changes of all other pixels; they do not affect training.
     """
 
     async def score(
@@ -69,27 +69,27 @@ class Scorer(Protocol):
         """Score every turn of B chains.
 
         Args:
-            chains: their records.
-            images: of each the reference and what each turn made, RGB; the reference is None for
-                text to image.
+            chains: records of the chains.
+            images: reference and result of each turn, RGB, for each chain; the reference is None
+                for text to image.
 
         Returns:
-            Scores by name, each [B, N], N turns of the longest; "following" among them. The
-            ``turn_mask`` holds the turns that were made.
+            Scores by name, "following" among them, each [B, N] with N turns of the longest chain.
+            ``turn_mask`` marks the turns that exist.
         """
 
 
 def named_scorer(path: str) -> type[Scorer]:
-    """Import the scorer's class that a path names, from the current folder if it is nowhere else.
+    """Import the scorer class ``module:name``; installed modules precede the current folder.
 
     Raises:
-        ConfigError: there is none, its module cannot be imported, or it is no such class.
+        ConfigError: the module cannot be imported, or has no such scorer class.
     """
     name, colon, attribute = path.partition(":")
     if not (name and colon and attribute) or name.startswith("."):
         raise ConfigError(f"rewards.scorer: expected module:name, got {path!r}")
     if (folder := str(Path.cwd())) not in sys.path:
-        sys.path.append(folder)  # last, so that it hides nothing that is installed
+        sys.path.append(folder)  # last, so that local files shadow no installed module
     try:
         module = importlib.import_module(name)
     except PROGRAM_ENDS as error:
@@ -107,10 +107,10 @@ def named_scorer(path: str) -> type[Scorer]:
 
 
 def make_scorer(path: str) -> Scorer:
-    """Make the scorer that a path names; what it returns is not checked yet.
+    """Return an instance of the scorer class ``module:name``, without checks of its results.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the class does not exist.
         ScorerError: its constructor raises.
     """
     try:
@@ -124,10 +124,10 @@ def make_scorer(path: str) -> Scorer:
 
 
 def declared_scale(path: str) -> Scale | None:
-    """Return the scale that a scorer's class declares, if it does.
+    """Return the class attribute ``scale`` of a scorer; None if it has none.
 
     Raises:
-        ConfigError: there is no such class, or it declares something else.
+        ConfigError: the class does not exist, or the attribute is no ``Scale``.
     """
     scale = getattr(named_scorer(path), "scale", None)
     if scale is not None and not isinstance(scale, Scale):
@@ -139,10 +139,10 @@ def declared_scale(path: str) -> Scale | None:
 
 
 def consistency_terms(path: str) -> str | None:
-    """Return what a scorer's class declares its consistency to compare, if it does.
+    """Return the class attribute ``consistency_terms`` of a scorer; None if it has none.
 
     Raises:
-        ConfigError: there is no such class, or it declares something else.
+        ConfigError: the class does not exist, or the attribute is not in ``TERMS``.
     """
     terms = getattr(named_scorer(path), "consistency_terms", None)
     if terms not in TERMS:
@@ -154,37 +154,37 @@ def consistency_terms(path: str) -> str | None:
 
 
 class RegionScorer(Scorer, Protocol):
-    """Scorer that says where in a picture its rewards are decided, for ``--rewards.regions``."""
+    """Scorer that also locates its rewards in the image, for ``--rewards.regions``."""
 
     async def regions(
         self, chains: Sequence[Chain], images: Sequence[Sequence[Image | None]]
     ) -> Mapping[str, Tensor]:
-        """Find the regions of every turn of B chains.
+        """Return the regions of every turn of B chains.
 
         Args:
             chains: as in ``score``.
             images: as in ``score``, all of one size, H x W pixels.
 
         Returns:
-            Name of a reward to the share of each pixel that lies in its region, [B, N, H, W] in
-            [0, 1], or booleans. A turn without any pixel counts everywhere, as does a reward
-            without an entry. ``mteditflow.box_coverage(boxes, (H, W), 1)`` makes them of boxes.
+            Regions by reward name: share of each pixel inside the region, [B, N, H, W] in [0, 1],
+            or booleans. An empty region counts as the whole image, and so does a reward without an
+            entry. ``mteditflow.box_coverage(boxes, (H, W), 1)`` converts boxes.
         """
 
 
 def edited_pixels(path: str | None, chain: Chain, reference: Image) -> Tensor | None:
-    """Return the pixels that each turn of a chain may change, as a scorer's class gives them.
+    """Return the pixels that each turn of a chain may change, from the scorer's class.
 
     Args:
-        path: import path of the scorer; None: there is none.
+        path: import path of the scorer; None: no custom scorer.
         chain: record of N turns.
-        reference: image of H x W pixels that the first one edits.
+        reference: input image of turn 1, H x W pixels.
 
     Returns:
-        Boolean [N, H, W]; None where the class has no method ``edited_pixels``.
+        Boolean [N, H, W]; None if the class has no method ``edited_pixels``.
 
     Raises:
-        ScorerError: the method raises, or returns something else.
+        ScorerError: the method raises, or returns another shape or dtype.
     """
     method = None if path is None else getattr(named_scorer(path), "edited_pixels", None)
     if method is None:
@@ -205,12 +205,12 @@ def edited_pixels(path: str | None, chain: Chain, reference: Image) -> Tensor | 
 
 
 class CheckedScorer:
-    """A scorer of the user's own, whose scores are refused where they are none.
+    """Custom scorer with checked results.
 
     Args:
-        path: its import path, for messages.
-        scale: of "following".
-        bounds: range of consistency, as ``JudgedBy.consistency_range`` returns it.
+        path: import path of the scorer's class, also used in messages.
+        scale: scale of "following".
+        bounds: range of consistency, as returned by ``JudgedBy.consistency_range``.
     """
 
     def __init__(self, path: str, scale: Scale, bounds: tuple[float, float]) -> None:
@@ -223,8 +223,8 @@ class CheckedScorer:
         """See ``Scorer``.
 
         Raises:
-            ScorerError: the scorer raises, "following" is missing, a score is off its scale, or
-                they are not scores of these chains and turns.
+            ScorerError: the scorer raises, "following" is missing, a score is outside its scale,
+                or the scores are not of these chains and turns.
         """
         found = await self._asked("score", "score", chains, images)
         try:
@@ -240,7 +240,7 @@ class CheckedScorer:
         """See ``RegionScorer``.
 
         Raises:
-            ScorerError: the scorer raises, or does not return regions of these pictures.
+            ScorerError: the scorer raises, or its regions do not fit these images.
         """
         found = await self._asked("find regions of", "regions", chains, images)
         width, height = images[0][-1].size
@@ -258,14 +258,16 @@ class CheckedScorer:
         chains: Sequence[Chain],
         images: Sequence[Sequence[Image]],
     ) -> Any:
-        """Return what a method of the scorer returns.
+        """Await a method of the scorer and return its result.
 
         Raises:
-            ScorerError: it raises.
+            ScorerError: the method raises.
         """
         try:
             return await getattr(self._scorer, method)(chains, images)
         except (*PROGRAM_ENDS, asyncio.CancelledError) as error:
+            # A cancellation of this task must propagate; one that the scorer's code raises itself
+            # would pass as a cancelled future, and hide the scorer's error.
             if isinstance(error, asyncio.CancelledError) and _told_to_stop():
                 raise
             raise ScorerError(
@@ -274,7 +276,12 @@ class CheckedScorer:
             ) from error
 
     def _check(self, found: object, turns: Sequence[int]) -> None:
-        """Raise unless these are scores by name, each of those turns, on their scales."""
+        """Raise unless ``found`` has scores by name, for exactly these turns, within their scales.
+
+        Raises:
+            TypeError: ``found`` is no dictionary of ``TurnScores``.
+            ValueError: "following" is missing, turns differ, or a score is outside its scale.
+        """
         if not isinstance(found, Mapping):
             raise TypeError(f"scores: expected a dictionary of TurnScores, got {_kind(found)}")
         if FOLLOWING not in found:
@@ -301,10 +308,10 @@ class CheckedScorer:
 
 
 def require_regions(path: str) -> None:
-    """Refuse a scorer's class without the method that ``rewards.regions`` calls.
+    """Refuse a scorer class without the async method ``regions``.
 
     Raises:
-        ConfigError: there is no such class, or it has no such method.
+        ConfigError: the class does not exist, or lacks the method.
     """
     method = inspect.unwrap(getattr(named_scorer(path), "regions", None) or _kind)
     if not inspect.iscoroutinefunction(method):
@@ -315,7 +322,7 @@ def require_regions(path: str) -> None:
 
 
 def _check_regions(found: object, expected: tuple[int, ...]) -> None:
-    """Raise unless these are regions by name, of pictures of the expected shape [B, N, H, W]."""
+    """Raise unless ``found`` has regions by name, of shape [B, N, H, W] and values in [0, 1]."""
     if not isinstance(found, Mapping) or not found:
         raise TypeError(f"regions: expected a dictionary of tensors, got {_kind(found)}")
     for name, region in found.items():
@@ -329,7 +336,7 @@ def _check_regions(found: object, expected: tuple[int, ...]) -> None:
 
 
 def _check_class(path: str, scorer: object) -> None:
-    """Raise ConfigError unless this is a class that can be made and has an async method score."""
+    """Raise ConfigError unless ``scorer`` is a class without arguments, with an async ``score``."""
     if not isinstance(scorer, type):
         raise ConfigError(f"rewards.scorer: expected a class, got {path}, {_kind(scorer)}")
     method = inspect.unwrap(getattr(scorer, "score", None) or _kind)
@@ -344,13 +351,13 @@ def _check_class(path: str, scorer: object) -> None:
         raise ConfigError(
             f"rewards.scorer: expected a class that takes no arguments, got {path}: {error}"
         ) from error
-    except ValueError:  # it has no signature to look at
+    except ValueError:  # classes in C may have no signature to inspect
         return
 
 
 def _described(error: BaseException) -> str:
-    """Name an exception of a user's code, and the place of that code that raised it."""
-    if isinstance(error, SyntaxError):  # says its place itself
+    """Return type, message and source line of an exception raised by a custom scorer."""
+    if isinstance(error, SyntaxError):  # its message already has the line
         return f"SyntaxError: {error}"
     frames = traceback.extract_tb(error.__traceback__)
     place = next((x for x in reversed(frames) if not x.filename.startswith("<")), None)
@@ -359,9 +366,10 @@ def _described(error: BaseException) -> str:
 
 
 def _told_to_stop() -> bool:
-    """Whether a cancellation is asked of this task, not raised by the code that runs in it."""
+    """Whether this task was cancelled, rather than the code in it raising CancelledError."""
     task = asyncio.current_task()
-    return not hasattr(task, "cancelling") or bool(task.cancelling())  # Python 3.10: not known
+    # Python 3.10 has no Task.cancelling: there every cancellation counts as one of the task.
+    return not hasattr(task, "cancelling") or bool(task.cancelling())
 
 
 def _kind(value: object) -> str:

@@ -1,4 +1,4 @@
-"""How weights lie over ranks: by ``model.shard``, or by what accelerate was launched with."""
+"""Sharding of the weights over ranks, by ``model.shard`` or accelerate's launch configuration."""
 
 from __future__ import annotations
 
@@ -17,53 +17,54 @@ from mteditflow.training.parallel import require_deepspeed
 
 from .config import ConfigError, Model
 
-# Variables that accelerate launch sets. On CPUs accelerate ignores them; this program does not.
+# Set by accelerate launch. On CPUs accelerate itself ignores them; this program does not.
 LAUNCHED: dict[str, Literal["fsdp2", "zero3"]] = {
     "ACCELERATE_USE_FSDP": "fsdp2",
     "ACCELERATE_USE_DEEPSPEED": "zero3",
 }
-# Of DeepSpeed's configuration: what describes its engine alone, which nothing here calls.
+# Entries of DeepSpeed's configuration that only its engine reads; the engine is never built here.
 ENGINE = {"train_batch_size", "train_micro_batch_size_per_gpu", "steps_per_print"}
 OFF = (None, False, "auto")
 
 
 @dataclass(frozen=True)
 class Sharding:
-    """How the weights of the base model lie over ranks.
+    """Sharding of the model's weights over ranks.
 
     Attributes:
-        how: whole on every rank, or sharded.
-        zero: entries of DeepSpeed's ``zero_optimization`` beside those of ``partition_model``.
+        how: "none", a full copy on every rank; "fsdp2"; or "zero3".
+        zero: entries of DeepSpeed's ``zero_optimization``, in addition to those that
+            ``partition_model`` sets.
     """
 
     how: Literal["none", "fsdp2", "zero3"]
     zero: dict[str, Any] = field(default_factory=dict)
 
     def before_adapters(self, editor: Editor) -> None:
-        """Partition the base model, which must not have adapters yet (ZeRO-3)."""
+        """Partition the base model (ZeRO-3) before it has adapters, which stay whole."""
         if self.how == "zero3":
-            # DeepSpeed's own call of a function that torch has renamed.
+            # DeepSpeed calls a function by the name that torch has deprecated.
             warnings.filterwarnings("ignore", message=".*all_gather_into_tensor. is deprecated")
             partition_model(editor.transformer, self.zero)
 
     def after_adapters(self, editor: Editor) -> None:
         """Shard the blocks of the model, adapters included (FSDP2)."""
         if self.how == "fsdp2":
-            # The velocity is a view of the output; nothing here works on it in place.
+            # The velocity is a view of the output; nothing here changes it in place.
             warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
             shard_model(editor.transformer, blocks=editor.transformer._no_split_modules)
 
 
 def sharding(model: Model, ranks: int) -> Sharding:
-    """Return how the weights are sharded.
+    """Return the sharding of a run.
 
     Args:
-        model: its ``shard`` decides, where accelerate was launched with neither.
+        model: its ``shard`` decides if accelerate was launched with neither FSDP nor DeepSpeed.
         ranks: number of processes.
 
     Raises:
-        ConfigError: both decide, and differently; or it cannot be done with what is configured,
-            launched or installed.
+        ConfigError: ``model.shard`` and the launch contradict each other, or the sharding does not
+            work with the configuration, the launch or the installed packages.
     """
     launched = [
         how for name, how in LAUNCHED.items() if os.environ.get(name, "false").lower() == "true"
@@ -85,7 +86,7 @@ def sharding(model: Model, ranks: int) -> Sharding:
 
 
 def check_sharding(model: Model, how: str, ranks: int) -> None:
-    """Refuse what weights over ranks do not go with, wherever the run will be.
+    """Refuse options that sharded weights do not support; needs no launched processes.
 
     Args:
         model: options of the model.
@@ -93,7 +94,7 @@ def check_sharding(model: Model, how: str, ranks: int) -> None:
         ranks: number of processes.
 
     Raises:
-        ConfigError: there is one process, or an option does not go with it.
+        ConfigError: there is only one process, or an option is not supported.
     """
     if how != "none" and ranks == 1:
         raise ConfigError(
@@ -115,7 +116,7 @@ def _launched_zero() -> dict[str, Any]:
     """Return the entries of ``zero_optimization`` that accelerate was launched with.
 
     Raises:
-        ConfigError: they are of another stage, or DeepSpeed is to do more than partition weights.
+        ConfigError: the stage is not 3, or DeepSpeed should do more than partition weights.
     """
     config = DeepSpeedPlugin().deepspeed_config
     zero = {name: x for name, x in config.pop("zero_optimization").items() if x != "auto"}
@@ -144,10 +145,10 @@ def _launched_zero() -> dict[str, Any]:
 
 @contextmanager
 def without_engine() -> Iterator[None]:
-    """Hide from accelerate that it was launched with DeepSpeed.
+    """Hide a DeepSpeed launch from accelerate inside the block.
 
-    It would let transformers partition the text encoders as they are loaded, for an engine of
-    DeepSpeed's that nothing here makes.
+    Otherwise transformers partitions the text encoders on loading, for a DeepSpeed engine that is
+    never built here.
     """
     launched = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     try:

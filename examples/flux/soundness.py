@@ -1,4 +1,4 @@
-"""Options that do not go together, or have no effect: refused before anything is loaded."""
+"""Refuse conflicting options and options without effect, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ from .config import (
 
 
 def checked(config: Config, base: Config | None = None, *, services: bool = True) -> Config:
-    """Return a configuration that can be run.
+    """Return a configuration unchanged if it can be run.
 
     Args:
         config: fields of the right types.
-        base: preset that was changed: a field may differ from it only where it has an effect.
-        services: whether it has to say who scores.
+        base: the preset below the command line: a field may differ from it only where it has an
+            effect. None: the defaults.
+        services: whether a judge or scorer is required.
 
     Raises:
         ConfigError: one line per wrong field.
@@ -40,7 +41,7 @@ def checked(config: Config, base: Config | None = None, *, services: bool = True
 
 
 def _unsound(config: Config) -> Iterator[str]:
-    """Yield fields that do not go together, in words."""
+    """Yield a message for each field that is out of range or conflicts with another."""
     data, training, objective = config.data, config.training, config.objective
     rewards, evaluation = config.rewards, config.evaluation
     name, card = name_of(objective), objective.card
@@ -98,7 +99,7 @@ def _unsound(config: Config) -> Iterator[str]:
         except ValueError as error:
             yield f"rewards.{error}, on the scale {rewards.scale or 'likert'}"
     try:
-        _ = rewards.request
+        _ = rewards.request  # RequestOptions checks its fields on creation
     except ValueError as error:
         yield f"rewards.{error}"
     if evaluation.policy == "ema" and training.ema_decay == 0:
@@ -116,7 +117,7 @@ def _unsound(config: Config) -> Iterator[str]:
 
 
 def _unsound_lengths(config: Config) -> Iterator[str]:
-    """Yield what does not go together of growing chains and turns without a change, in words."""
+    """Yield a message for each conflict among chain length, growth and identity turns."""
     data, growth, rewards, most = config.data, config.growth, config.rewards, config.most_turns
     name = "data.drift" if config.drifts else "data.turns"
     if growth.first is not None:
@@ -162,7 +163,7 @@ def _unsound_lengths(config: Config) -> Iterator[str]:
 
 
 def _unsound_regions(config: Config) -> Iterator[str]:
-    """Yield what does not go together with advantages of tokens, in words."""
+    """Yield a message for each option that conflicts with per-token advantages."""
     rewards, objective = config.rewards, config.objective
     if not rewards.regions or not objective.card.rewarded:
         return
@@ -187,7 +188,7 @@ def _unsound_regions(config: Config) -> Iterator[str]:
 
 
 def _unserved(rewards: Rewards) -> Iterator[str]:
-    """Yield services that a run would need, in words."""
+    """Yield a message for each missing service."""
     if rewards.scorer is None and not (rewards.judge and rewards.judge_model):
         yield "rewards: expected judge and judge_model, or a scorer"
     wanted = rewards.weights.get("consistency") or rewards.floor is not None
@@ -196,7 +197,10 @@ def _unserved(rewards: Rewards) -> Iterator[str]:
 
 
 def _ignored(config: Config, base: Config) -> Iterator[str]:
-    """Yield fields that were changed although nothing reads them, in words."""
+    """Yield a message for each changed field that nothing reads.
+
+    ``unread`` maps a field to whether it is read, and the condition in words.
+    """
     rewards, safety = config.rewards, config.safety
     reads_judge = rewards.scorer is None
     learns = config.objective.card.rewarded
@@ -271,5 +275,6 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
             unread["teacher", name] = (gate, sessions)
     for (section, name), (read, when) in unread.items():
         value = getattr(getattr(config, section), name)
+        # A preset may set a field that another objective on the command line then ignores.
         if not read and value != getattr(getattr(base, section), name):
             yield f"{section}.{name}: has an effect only where {when}, got {value!r}"

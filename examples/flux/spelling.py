@@ -1,12 +1,12 @@
-"""Fields that a misspelled name may have meant: by the same word, a usual name, or a near one."""
+"""Suggestions for unknown field names: same word, another trainer's name, or similar spelling."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-#: Names of other trainers, such as diffusers' scripts, TRL, kohya's and Flow-GRPO's, by field here.
-#: Those of docs/migrating.md agree with its table.
+#: Option names of other trainers, such as diffusers' scripts, TRL, kohya and Flow-GRPO, with the
+#: field here. Names that docs/migrating.md has must agree with its table.
 USUAL = {
     name: field
     for field, names in {
@@ -62,14 +62,14 @@ USUAL = {
     }.items()
     for name in names.split()
 }
-NEAR = 0.75  # of difflib's ratio; "roundz" and "rounds" have 0.83
+NEAR = 0.75  # least similarity, as difflib's ratio; "roundz" and "rounds" have 0.83
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """Return ``"; perhaps FIELD"`` for a name that is no field; "" where none is near.
+    """Return ``"; perhaps FIELD"`` for an unknown name; "" if no field is similar.
 
     Args:
-        name: dotted, such as "training.lr"; a section may be missing or wrong.
+        name: dotted name, such as "training.lr"; its section may be missing or wrong.
         known: dotted names of the fields and their sections.
 
     Example:
@@ -85,7 +85,7 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 
 def _meant(name: str, known: list[str]) -> list[str]:
-    """Return the fields that a name may have meant, the surest kind of guess alone."""
+    """Return the fields that a name may mean, from the most reliable rule that gives any."""
     section, _, word = name.rpartition(".")
     words = {field.rpartition(".")[2] for field in known}
     if word not in words and USUAL.get(word) in known:

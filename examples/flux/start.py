@@ -1,4 +1,4 @@
-"""How a run starts and ends: load its parts, train, report; save where it ends early."""
+"""Run lifecycle: load the parts, train, report; save if the run ends early."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def build(
     termination: Termination,
     submit: Submit,
 ) -> Run:
-    """Load the models, and put a run together.
+    """Load the models, and return the assembled run.
 
     Raises:
-        ConfigError: the models cannot be loaded as they are configured.
+        ConfigError: the models cannot be loaded as configured.
     """
     training, output, safety = config.training, config.output, config.safety
     inputs.notes.write(log)
@@ -99,7 +99,7 @@ def build(
 
 
 def _ahead(config: Config, inputs: Inputs) -> list[str]:
-    """Return the instructions to embed before the transformer is loaded, each once, in order."""
+    """Return the distinct instructions to embed before the transformer moves to the device."""
     if config.model.prompt_folder is None:
         return []
     more = [x.chains.chains for x in (inputs.held_out, inputs.sessions) if x is not None]
@@ -111,7 +111,7 @@ def _ahead(config: Config, inputs: Inputs) -> list[str]:
 
 
 def _log_assumptions(editor: Editor, side: int, log: RunLog) -> None:
-    """Let the log say how a class that is not listed is called, and what becomes of references."""
+    """Log how an unlisted pipeline class will be called, and the encoded size of references."""
     for text in editor.assumptions:
         log.message(f"assumed: {text}")
     size = editor.reference_size(side, side)
@@ -134,12 +134,12 @@ def initial_state(config: Config) -> State:
 
 
 def main(train: Callable[[Run], None], config: Config) -> None:
-    """Run a trainer, and end the program where that ends early.
+    """Run a trainer; return after the last round, and after a signal.
+
+    If a scorer still blocks then, the process exits here with the same code.
 
     Raises:
-        SystemExit: with 2 for what is refused before anything is loaded, with 1 for what fails
-            later; after the last round and after a signal it returns. Where a scorer blocks then,
-            the process ends here with the same code.
+        SystemExit: code 2 if a check before the first round fails, 1 for later failures.
     """
     with refusing():
         check(config)
@@ -167,19 +167,19 @@ def _main(train: Callable[[Run], None], config: Config) -> None:
                 submit = stack.enter_context(scoring(config.rewards, cache))
             start_trackers(accelerator, config)
             _run(train, partial(build, config, accelerator, inputs, log, termination, submit), log)
-    except Stopped:  # out here, so that what is under way is given up, not waited for
+    except Stopped:  # outside the stack, whose exit on an exception cancels requests in flight
         pass
     finally:
-        gc.collect()  # before the interpreter ends, so that gloo's threads hold nothing of it
+        gc.collect()  # now, so that gloo's threads hold no Python objects at interpreter shutdown
         accelerator.end_training()
 
 
 def _run(train: Callable[[Run], None], load: Callable[[], Run], log: RunLog) -> None:
-    """Load a run and train; what is known to end one ends it with a line of the log.
+    """Load a run and train; log expected errors as one line and exit.
 
     Raises:
-        Stopped: a signal came, and the run is saved.
-        SystemExit: with 2 before the run goes on or begins, with 1 later.
+        Stopped: a signal arrived; the run is saved.
+        SystemExit: code 2 if an error came before the first round of this process, else 1.
     """
     run: Run | None = None
     try:
@@ -188,13 +188,13 @@ def _run(train: Callable[[Run], None], load: Callable[[], Run], log: RunLog) -> 
             train(run)
             summarize(run)
     except (*BAD_INPUT, *ENDS) as error:
-        with suppress(OSError):  # of the log, on a full disk: the words are on the terminal
+        with suppress(OSError):  # the log's disk may be full; the terminal shows the line anyway
             log.message(f"error: {error}")
         sys.exit(1 if run is not None and run.begun else 2)
 
 
 def _open_log(folder: Path, accelerator: Accelerator, stack: ExitStack) -> RunLog:
-    """Open the log; rank 0 locks the folder first.
+    """Open the log; rank 0 first locks the folder against other runs.
 
     Raises:
         InUseError: another run writes into the folder.
@@ -212,16 +212,16 @@ def _open_log(folder: Path, accelerator: Accelerator, stack: ExitStack) -> RunLo
 
 @contextmanager
 def saved_on_exit(run: Run) -> Iterator[None]:
-    """Save the last whole round where the run has to end early.
+    """Save the last complete round if the run ends early inside the block.
 
     Raises:
-        Stopped: a signal came; requests for scores in flight are for the caller to cancel.
+        Stopped: a signal arrived; the caller cancels scoring requests in flight.
     """
     try:
         yield
     except Stopped as signal:
         save_if_new(run)
-        run.log.message(f"stopped by {signal} after round {run.state.done}; start again to go on")
+        run.log.message(f"stopped by {signal} after round {run.state.done}; start again to resume")
         raise
     except (InvalidRewardsError, RewardCollapseError, FloatingPointError):
         save_if_new(run)

@@ -1,4 +1,4 @@
-"""Trackers of a run: under which project and name it appears in them."""
+"""Trackers of a run, with its project and name in each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from accelerate.utils import ProjectConfiguration
 
 from .config import Config, ConfigError, Output, flat
 
-# What a tracker's own start calls the name of a run; the others have the project alone.
+# Keyword of each tracker's init function for the run's name; other trackers have no run names.
 RUN_NAMES = {
     "wandb": "name",
     "trackio": "name",
@@ -22,10 +22,10 @@ RUN_NAMES = {
 
 
 def check_trackers(output: Output) -> None:
-    """Refuse trackers that are not installed, and names that none of them takes.
+    """Refuse trackers that are not installed, and a run name that no tracker supports.
 
     Raises:
-        ConfigError: there are such.
+        ConfigError: a tracker is missing, or the name has no effect.
     """
     known = sorted(map(str, get_available_trackers()))
     for name in output.trackers:
@@ -39,12 +39,12 @@ def check_trackers(output: Output) -> None:
 
 
 def places(output: Output) -> ProjectConfiguration:
-    """Return where trackers write that write files: ``trackers/<project>`` in the run's folder."""
+    """Return the folders of a run and of trackers' files, ``trackers/<project>`` inside it."""
     return ProjectConfiguration(str(output.folder), logging_dir=str(output.folder / "trackers"))
 
 
 def start_trackers(accelerator: Accelerator, config: Config) -> None:
-    """Start the trackers, with every field of the configuration."""
+    """Start the trackers, and log every field of the configuration to them."""
     output = config.output
     accelerator.init_trackers(
         output.project, config=flat(config), init_kwargs=named(output.trackers, run_name(output))
@@ -52,7 +52,7 @@ def start_trackers(accelerator: Accelerator, config: Config) -> None:
 
 
 def named(trackers: tuple[str, ...], run: str) -> dict[str, dict[str, Any]]:
-    """Return the arguments that give a run its name in each tracker that takes one.
+    """Return the init arguments that set the run's name, by tracker.
 
     Example:
         >>> named(("tensorboard", "wandb"), "seed 3")
@@ -62,5 +62,5 @@ def named(trackers: tuple[str, ...], run: str) -> dict[str, dict[str, Any]]:
 
 
 def run_name(output: Output) -> str:
-    """Return the name of the run: the one that was given, else that of its folder."""
+    """Return the name of the run: ``output.run``, else the name of its folder."""
     return output.run or Path(output.folder).resolve().name

@@ -1,4 +1,4 @@
-"""The updates of a round: minibatches of an objective, and the check of its first ratios."""
+"""Updates of a round: minibatches of an objective, and the check of its first ratios."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ def update(
     advantage: Tensor | None,
     valid: Tensor | None,
 ) -> None:
-    """Take the optimizer steps of a round: every minibatch of every epoch.
+    """Take the optimizer steps of a round: every minibatch of every inner epoch.
 
     Args:
         run: the run.
-        updater: steps its optimizer.
-        velocity: velocities of the policies on the rollout.
+        updater: accumulates gradients and steps the optimizer.
+        velocity: the policies' velocity function on the rollout.
         rollout: this rank's trajectories.
-        advantage: advantage of each turn, [B, N]; None for objectives without a reward.
-        valid: turns that take part, [B, N].
+        advantage: advantage of each turn, [B, N], or of each token, [B, N, ...]; None for
+            objectives without a reward.
+        valid: turns to train on, boolean [B, N].
     """
     training, objective, batch = run.config.training, run.objective, run.config.training.batch
 
@@ -44,6 +45,7 @@ def update(
         for units in objective.units(
             rollout, advantage, valid, key=key, minibatches=training.minibatches
         ):
+            # All ranks run equally many parts: gradients and sharded weights are collective.
             parts = units.split(batch, parts=most_parts(units, batch, device=run.device))
             with _casts(run):
                 step = updater.step(parts, losses, count=units.count)
@@ -54,21 +56,21 @@ def update(
 
 
 def _casts(run: Run) -> AbstractContextManager[None]:
-    """Share float32 casts between adapters; what compiled blocks keep is decided by torch."""
+    """Share float32 casts between adapters; not with compiled blocks, whose casts torch manages."""
     return nullcontext() if run.config.model.compile else shared_casts(run.policies.model)
 
 
 def _too_far(step: Update, stop_kl: float | None) -> bool:
-    """Whether the policy has left the one that sampled by more than is allowed."""
+    """Whether the KL to the sampling policy exceeds ``stop_kl`` after a step."""
     return stop_kl is not None and step.outcome == "taken" and step.means["old_kl"] > stop_kl
 
 
 def check_first_ratios(run: Run, velocity: Velocity, rollout: Rollout | Buckets) -> None:
-    """Compare the ratios of the first rollout with 1, before any update of this process.
+    """Check that the ratios of the first rollout are 1, before any update of this process.
 
     Raises:
-        ReplayError: they deviate on some rank, ``safety.ratio`` is not "warn", and no importance
-            weights correct for it.
+        ReplayError: ratios deviate on some rank, ``safety.ratio`` is not "warn", and no importance
+            weights correct for the deviation.
     """
     objective, config = run.objective, run.config
     assert isinstance(objective, ReplayObjective)
@@ -90,6 +92,6 @@ def _judge(run: Run, check: RatioCheck, *, corrected: bool) -> None:
         run.log.warning(f"ratio check failed: {check.verdict}")
     else:
         raise ReplayError(
-            f"ratio check failed: {check.verdict}; go on with safety.ratio = warn, or correct for "
-            "it with objective.importance_cap"
+            f"ratio check failed: {check.verdict}; continue with safety.ratio = warn, or correct "
+            "ratios with objective.importance_cap"
         )

@@ -1,15 +1,15 @@
-"""DiffusionNFT in a LoRA training script of the kind that diffusers has; added lines end in `# +`.
+"""DiffusionNFT in a LoRA training script like those of diffusers; added lines end in `# +`.
 
     python examples/importing/lora_script.py
 
 A script such as diffusers' train_dreambooth_lora_flux_kontext.py fits an adapter to pairs of
-pictures by flow matching. Here the pictures are the model's own, eight tries at each edit, and each
-has a reward: the model learns from good and bad tries alike. Only the loss changes, and the old
-policy is at hand, as the model with its adapter off.
+pictures by flow matching. Here the target pictures are the model's own results, eight per edit, and
+each has a reward, so the model trains on good and bad results. Only the loss changes; the old
+policy is the model with its adapter disabled.
 
-Left out: saving, resuming, validation, captions dropped at random, precision, offloading; and
-further rounds, each with new tries of the model as it has become, as in `train_flux.py`. The model
-is a tiny FLUX.1-Kontext of the real classes, the edits are those of the shapes world.
+Left out: saving, resuming, validation, caption dropout, mixed precision and offloading; and further
+rounds with new results of the trained model, as in `train_flux.py`. The model is a tiny
+FLUX.1-Kontext of the real classes, and the edits are those of the shapes world.
 """
 
 import copy
@@ -37,7 +37,7 @@ WEIGHTING, LOGIT_MEAN, LOGIT_STD = "logit_normal", 1.0, 1.0
 def try_edits(
     pipe: FluxKontextPipeline, chains: list[Chain], generator: torch.Generator
 ) -> tuple[list[str], torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return prompts, sources, results, and rewards in [0, 2]: edit made, whole picture right."""
+    """Return prompts, sources, results, and rewards in [0, 2]: following plus whole picture."""
     prompts = [chain.instructions[0] for chain in chains]
     sources = torch.stack([draw(chain.initial) for chain in chains])
     images = pipe(image=sources, prompt=prompts, generator=generator, **call_options(pipe)).images

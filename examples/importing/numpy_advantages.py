@@ -1,10 +1,10 @@
-"""Advantages for a trainer that keeps its rewards in numpy: one call in place of its own loop.
+"""Advantages for a trainer with rewards in numpy: one call in place of its own loop.
 
     python examples/importing/numpy_advantages.py
 
-Shows `torch.from_numpy`, which copies nothing, and the way back; float64 as it comes; rewards that
-were lost, as NaN, left out of every mean and std; several rewards fused; and statistics per prompt
-of one round, as flow_grpo keeps them: with each prompt's std, or with that of the whole batch (its
+Shows `torch.from_numpy`, which does not copy, and the conversion back; float64 without conversion;
+lost rewards as NaN, left out of every mean and std; several rewards fused; and statistics per
+prompt of one round, as in flow_grpo: with each prompt's std, or that of the whole batch (its
 `global_std`). Leaves out the trainer, and everything that a torch trainer would not need.
 """
 
@@ -14,13 +14,13 @@ import torch
 from mteditflow import fuse_advantages, group_advantage
 
 rng = np.random.default_rng(0)
-prompts = np.array(["a red fox", "two cups", "a red fox", "a bridge"] * 6)  # of each trajectory
+prompts = np.array(["a red fox", "two cups", "a red fox", "a bridge"] * 6)  # one per trajectory
 rewards = {"following": rng.random(24), "consistency": 0.9 + 0.05 * rng.random(24)}
 rewards["following"][[3, 10]] = np.nan  # the judge did not answer
 
 
 def per_prompt_loop(reward: np.ndarray, *, global_std: bool) -> np.ndarray:
-    """Gather the rewards of each prompt, then normalize them one by one: one call replaces this."""
+    """Collect the rewards of each prompt, then normalize one by one: one call replaces this."""
     answered = np.isfinite(reward)
     history: dict[str, list[float]] = {}
     for prompt, value in zip(prompts[answered], reward[answered], strict=True):
@@ -33,7 +33,7 @@ def per_prompt_loop(reward: np.ndarray, *, global_std: bool) -> np.ndarray:
     return advantage
 
 
-# Any integers make groups: here, the place of each prompt among the distinct ones.
+# Any integers are valid group ids: here, the index of each prompt among the distinct ones.
 group = torch.from_numpy(np.unique(prompts, return_inverse=True)[1])
 tensors = {name: torch.from_numpy(reward) for name, reward in rewards.items()}
 valid = tensors["following"].isfinite()
@@ -44,10 +44,10 @@ for std, global_std in (("group", False), ("batch", True)):
     print(f"std of the {std}: {advantage.dtype}, off the loop by {abs(advantage - loop).max():.0e}")
 print(f"lost: reward {rewards['following'][3]}, advantage {advantage[3]}, valid {bool(valid[3])}")
 
-# Two rewards of very different spread: each normalized on its own, then weighted.
+# Two rewards of very different spread: each is normalized separately, then weighted.
 fused = fuse_advantages(tensors, {"following": 1.0, "consistency": 0.2}, group, valid=valid)
 print(f"fused: {np.array2string(fused.numpy()[:4], precision=2)}")
 
-# The tensors are the arrays: what the trainer writes into them, the next call reads.
+# Tensors and arrays share memory: the next call uses what the trainer writes into the arrays.
 rewards["following"][:] = 0.5
 print(f"all equal: {group_advantage(tensors['following'], group).unique().tolist()}")

@@ -2,10 +2,10 @@
 
     python examples/importing/own_log_probs.py
 
-Shows the three places where such a trainer calls the library: advantages in groups, the loss in
-place of its own, and what says whether the run is sound: `check_ratio` on the first pass over each
-rollout, where every ratio must be 1, then `clip_fraction` and `approximate_kl`. Leaves out images,
-flows and the library's samplers: the policy moves a point to a goal in five noisy steps.
+Shows the three places where such a trainer calls the library: group advantages, the loss, and
+diagnostics: `check_ratio` on the first pass over each rollout, where every ratio must be 1, then
+`clip_fraction` and `approximate_kl`. Leaves out images, flows and the library's samplers: the
+policy moves a point to a goal in five noisy steps.
 """
 
 import torch
@@ -24,7 +24,7 @@ CLIP = {"clip_low": 0.2, "clip_high": 0.2}  # for log-probs that are summed over
 
 
 class Policy(nn.Sequential):
-    """The mean of the next point, given this one, the goal and the time, each [M, 2 or 1]."""
+    """Mean displacement [M, 2] given point [M, 2], goal [M, 2] and time [M, 1]."""
 
     def step(self, point: Tensor, goal: Tensor, time: Tensor) -> torch.distributions.Normal:
         """Return the distribution of the next point."""
@@ -32,7 +32,7 @@ class Policy(nn.Sequential):
 
 
 def roll_out(policy: Policy, generator: torch.Generator) -> dict[str, Tensor]:
-    """Fill the trainer's buffer: rows of trajectories, [B, S, ...]."""
+    """Return the trainer's rollout buffer: tensors by name, [B, S, ...]."""
     goal = torch.randn(GOALS, 2, generator=generator).repeat_interleave(MEMBERS, dim=0)
     point, rows = torch.zeros_like(goal), []
     with torch.no_grad():
@@ -48,7 +48,7 @@ def roll_out(policy: Policy, generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def log_prob_of(policy: Policy, buffer: dict[str, Tensor]) -> Tensor:
-    """Log-probs of the stored steps under the policy as it is now, [B, S]."""
+    """Return log-probs of the stored steps under the current policy, [B, S]."""
     goal = buffer["goal"][:, None].expand(-1, STEPS, -1)
     inputs = (x.flatten(0, 1) for x in (buffer["point"], goal, buffer["time"]))
     distribution = policy.step(*inputs)

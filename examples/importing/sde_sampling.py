@@ -1,11 +1,11 @@
-"""SDE sampling with a plain diffusers pipeline: a scheduler is put in its place, and that is all.
+"""SDE sampling with a plain diffusers pipeline: only its scheduler is replaced.
 
     python examples/importing/sde_sampling.py
 
-Shows `FlowMatchSDEScheduler` alone: noise in a window of steps, each trajectory's from a generator
-of its own; the steps that it keeps, with their log-probs; and what the noise level does, as a
-picture: one edit, a row of tries at each level, all from equal latents and equal random numbers.
-Leaves out gradients: a replay needs what the transformer was called with, which `Recorder` keeps.
+Shows `FlowMatchSDEScheduler`: noise in a window of steps, from a separate generator for each
+trajectory; the recorded steps with their log-probs; and the effect of the noise level, as a
+picture: one edit with a row of results per level, all from equal latents and random numbers.
+Leaves out gradients: a replay needs the transformer's inputs, which `Recorder` stores.
 """
 
 import torch
@@ -29,7 +29,7 @@ window = sliding_window(0, size=4, steps=STEPS)
 
 
 def show(images: torch.Tensor) -> torch.Tensor:
-    """Lay a row of pictures side by side, with a gap between them."""
+    """Join a row of pictures side by side, with a gap between them."""
     return torch.cat([torch.nn.functional.pad(image, (1, 1, 1, 1)) for image in images], dim=2)
 
 

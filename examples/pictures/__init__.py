@@ -1,1 +1,1 @@
-"""The world of pictures: small drawn scenes, a lossy autoencoder and an editor that wears them."""
+"""The world of pictures: small drawn scenes, a lossy autoencoder, and a tiny editor."""

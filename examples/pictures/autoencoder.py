@@ -2,8 +2,8 @@
 
     python -m mteditflow_examples.pictures.autoencoder --seed 0
 
-It is a small ``AutoencoderKL``, and it wears: every trip of a picture through it loses detail, as
-with real editors. That is what chains of twenty turns show.
+It is a small ``AutoencoderKL``. As in real editors, every round trip through it loses detail, which
+chains of twenty turns reveal.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .weights_files import WEIGHTS, save_weights
 LATENT_CHANNELS = 32
 WIDTHS = (24, 32, 64, 96)
 RATE = 2e-3
-LATENT_NOISE = 0.03  # std relative to latents of about 1: makes nearby latents decode alike
-TRIPS = (1, 2, 3, 5, 10, 20)
+LATENT_NOISE = 0.03  # std for latents of std about 1: nearby latents must decode alike
+TRIPS = (1, 2, 3, 5, 10, 20)  # round trips after which the error is reported
 
 
 def build_autoencoder(*, scaling_factor: float = 1.0, shift_factor: float = 0.0) -> AutoencoderKL:
@@ -54,12 +54,12 @@ def build_autoencoder(*, scaling_factor: float = 1.0, shift_factor: float = 0.0)
 
 
 def as_tensor(scenes: list[Scene]) -> Tensor:
-    """Draw scenes, uint8 [M, 3, 64, 64]."""
+    """Render scenes, uint8 [M, 3, 64, 64]."""
     return torch.from_numpy(np.stack([draw(scene) for scene in scenes])).permute(0, 3, 1, 2)
 
 
 def training_scenes(count: int, *, seed: int) -> list[Scene]:
-    """Return different scenes of the training split, as they occur in chains of edits."""
+    """Return distinct scenes of the training split, from chains of edits."""
     chains = make_chains(count // 4, turns=3, seed=seed, split="train")
     return list(dict.fromkeys(scene for chain in chains for scene in chain.scenes))
 
@@ -97,13 +97,13 @@ def latent_statistics(vae: AutoencoderKL, pictures: Tensor) -> tuple[float, floa
 
 @torch.no_grad()
 def wear_of_trips(vae: AutoencoderKL, pictures: Tensor) -> dict[str, float]:
-    """Mean absolute error in [0, 1] after trips through the autoencoder, by number of trips."""
+    """Return the mean absolute error, in [0, 1], by number of round trips through the VAE."""
     first = x = pictures.float() / 127.5 - 1
     wear = {}
     for trip in range(1, TRIPS[-1] + 1):
         x = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1)
         if trip in TRIPS:
-            wear[str(trip)] = round(float((x - first).abs().mean()) / 2, 4)
+            wear[str(trip)] = round(float((x - first).abs().mean()) / 2, 4)  # from a range of 2
     return wear
 
 
@@ -111,8 +111,8 @@ def main(
     seed: Annotated[int, typer.Option(help="Seed of weights, pictures and noise.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 2000,
     batch: Annotated[int, typer.Option(min=1, help="Pictures per step.")] = 16,
-    scenes: Annotated[int, typer.Option(min=64, help="Pictures to learn from.")] = 6000,
-    out: Annotated[Path, typer.Option(help="Weights to write, a card beside them.")] = WEIGHTS
+    scenes: Annotated[int, typer.Option(min=64, help="Pictures to train on.")] = 6000,
+    out: Annotated[Path, typer.Option(help="Weights to write, with a card.")] = WEIGHTS
     / "autoencoder.safetensors",
 ) -> None:
     """Train the autoencoder and write its weights, in half precision, with a card."""

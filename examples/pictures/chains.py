@@ -1,7 +1,6 @@
 """Chains of edits in the world of pictures, of any length, in either split.
 
-A chain stays in one split with every scene it passes through, so held-out chains share no scene
-with training data.
+All scenes of a chain are in one split, so held-out chains share no scene with training data.
 """
 
 from __future__ import annotations
@@ -33,32 +32,32 @@ ASKED = tuple(name for name in TASK_TYPES if name != UNCHANGED)
 
 @dataclass(frozen=True)
 class Chain:
-    """A scene and N edits, each of which makes sense in the scene that the one before leaves."""
+    """An initial scene and N edits, each valid in the result of the previous one."""
 
     initial: Scene
     edits: tuple[Edit, ...]
 
     @property
     def scenes(self) -> tuple[Scene, ...]:
-        """N + 1 scenes, the initial one first."""
+        """Scenes, N + 1, the initial one first."""
         return (self.initial, *(edit.result for edit in self.edits))
 
     @property
     def instructions(self) -> tuple[str, ...]:
-        """N instructions."""
+        """Instructions, N."""
         return tuple(edit.instruction for edit in self.edits)
 
 
 def random_scene(rng: random.Random) -> Scene:
-    """Draw a scene of two or three things; half of all have a text."""
+    """Draw a random scene of two or three things; half of all scenes have a text."""
     count = rng.choice((2, 3))
     places = sorted(rng.sample(PLACES, count), key=PLACES.index)
     things = tuple(
         Thing(
             kind,
             rng.choice(COLORS),
-            rng.choice(("plain", *MATERIALS)),
-            rng.choice(("one", *COUNTS)),
+            rng.choice(("plain", *MATERIALS)),  # "plain" twice, so half of all things are plain
+            rng.choice(("one", *COUNTS)),  # likewise, two of three things are single
             place,
         )
         for kind, place in zip(rng.sample(list(KINDS), count), places, strict=True)
@@ -75,18 +74,20 @@ def random_edit(
     prefer: set[str] = frozenset(),  # type: ignore[assignment]
     split: Split | None = None,
 ) -> Edit | None:
-    """Draw a type of edit, then an edit of it.
+    """Draw a type of edit, then an edit of that type.
+
+    Types first, since some types, such as additions, have many more edits than others.
 
     Args:
         rng: source of randomness.
-        scene: what is edited.
-        avoid: types that are drawn only if no other makes sense.
-        witness: kind that is not edited.
-        prefer: kinds that are edited, where the type can.
-        split: split of the result, or None for any.
+        scene: scene to edit.
+        avoid: types to draw only if no other is possible.
+        witness: kind that must not be edited.
+        prefer: kinds to edit if the type allows.
+        split: required split of the result; None: any.
 
     Returns:
-        An edit, or None where none leads to that split.
+        An edit, or None if no edit has a result in that split.
     """
     by_type: dict[str, list[Edit]] = {}
     for edit in possible_edits(scene):
@@ -103,14 +104,18 @@ def random_edit(
 def random_chain(rng: random.Random, turns: int, split: Split, *, linked: float = 1.0) -> Chain:
     """Draw a chain of edits whose scenes all belong to a split.
 
-    Types of edit do not repeat while others make sense. One thing of the initial scene, the
-    witness, is never edited, so that there is always something that must not change.
+    Types of edit do not repeat while others are possible. One thing of the initial scene, the
+    witness, is never edited, so every chain has something to keep.
 
     Args:
         rng: source of randomness; equal states give equal chains.
         turns: number of instructions N, at least 1.
         split: "train" or "held_out".
-        linked: probability that a turn goes on with what an earlier turn made, where its type can.
+        linked: probability that a turn edits a thing that earlier turns made or changed, if its
+            type allows.
+
+    Raises:
+        ValueError: ``turns`` is below 1.
     """
     if turns < 1:
         raise ValueError(f"turns: expected at least 1, got {turns}")
@@ -125,7 +130,7 @@ def random_chain(rng: random.Random, turns: int, split: Split, *, linked: float 
             edit = random_edit(
                 rng,
                 scene,
-                avoid={edit.task_type for edit in edits[1 - len(ASKED) :]},
+                avoid={edit.task_type for edit in edits[1 - len(ASKED) :]},  # the last eight
                 witness=witness,
                 prefer=made if rng.random() < linked else set(),
                 split=split,
@@ -141,7 +146,7 @@ def random_chain(rng: random.Random, turns: int, split: Split, *, linked: float 
 def make_chains(
     count: int, *, turns: int, seed: int, split: Split, linked: float = 1.0
 ) -> list[Chain]:
-    """Draw different chains; equal arguments give equal chains.
+    """Draw distinct chains; equal arguments give equal chains.
 
     Args:
         count: number of chains.
@@ -158,32 +163,33 @@ def make_chains(
 
 
 def no_change_chains(count: int, *, turns: int, seed: int, split: Split) -> list[Chain]:
-    """Draw chains whose every turn asks for no change; for what an editor wears."""
+    """Draw chains in which every turn asks for no change, to measure wear."""
     initials = (chain.initial for chain in make_chains(count, turns=1, seed=seed, split=split))
     return [Chain(scene, (no_change(scene),) * turns) for scene in initials]
 
 
 def chain_of(initial: Scene, instructions: tuple[str, ...]) -> Chain:
-    """Return the chain that instructions make of a scene.
+    """Return the chain of an initial scene and instructions.
 
     Raises:
-        ValueError: an instruction makes no sense where it stands.
+        ValueError: an instruction is not possible at its turn.
     """
     scene, edits = initial, []
     for instruction in instructions:
         found = (no_change(scene), *possible_edits(scene))
         edit = next((edit for edit in found if edit.instruction == instruction), None)
         if edit is None:
-            raise ValueError(f"instructions: {instruction!r} makes no sense in {scene}")
+            raise ValueError(f"instructions: expected one possible in {scene}, got {instruction!r}")
         edits.append(edit)
         scene = edit.result
     return Chain(initial, tuple(edits))
 
 
 def corrupted(rng: random.Random, scene: Scene, edit: Edit) -> Scene:
-    """Return what a careless editor of the training split makes of a scene.
+    """Return a careless editor's result, within the training split.
 
-    In two of five cases it ignores the instruction; else it makes another edit of the same type.
+    With probability 0.4 it ignores the instruction; else it makes another edit of the same type, if
+    there is one.
     """
     if rng.random() < 0.4:
         return scene

@@ -1,4 +1,4 @@
-"""Draw scenes: things as sprites with shading, composed over a background, 64 x 64 pixels."""
+"""Render scenes: shaded sprites composed over a background, 64 x 64 pixels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .scene import Scene, Thing
 
 SIZE = 64
-SCALE = 4  # drawn larger, then reduced
+SCALE = 4  # supersampling: drawn at 4 times the size, then reduced
 CELL = 25  # side of a place, pixels
 CORNERS = {  # top left pixel of each place
     "back left": (4, 2),
@@ -21,9 +21,9 @@ CORNERS = {  # top left pixel of each place
     "front left": (4, 28),
     "front right": (35, 28),
 }
-HORIZON = 22
-SIGN = (7, 54, 57, 63)
-PAIR = 0.62  # size of each of two things
+HORIZON = 22  # first row of the ground, pixels
+SIGN = (7, 54, 57, 63)  # left, top, right, bottom, pixels
+PAIR = 0.62  # size of each of two things, relative to a single one
 SOLID = 0.1  # opacity above which a pixel belongs to a thing
 RGB = {
     "red": (222, 48, 44),
@@ -47,9 +47,9 @@ Picture = NDArray[np.uint8]
 
 
 def draw(scene: Scene) -> Picture:
-    """Draw a scene, uint8 [64, 64, 3]."""
+    """Render a scene, uint8 [64, 64, 3]."""
     picture = _background(scene.background).copy()
-    layers = [sprite(thing) for thing in scene.things]  # the back row first
+    layers = [sprite(thing) for thing in scene.things]  # in the order of PLACES: back row first
     if scene.text:
         layers.append(_sign(scene.text))
     for layer in layers:
@@ -59,13 +59,13 @@ def draw(scene: Scene) -> Picture:
 
 
 def thing_mask(thing: Thing) -> NDArray[np.bool_]:
-    """Return the pixels that a thing and its shadow cover, bool [64, 64]."""
+    """Return the pixels of a thing and its shadow, bool [64, 64]."""
     return sprite(thing)[..., 3] > 255 * SOLID
 
 
 @lru_cache(maxsize=4096)
 def sprite(thing: Thing) -> NDArray[np.float32]:
-    """Draw a thing alone, RGBA in 0..255, float32 [64, 64, 4]."""
+    """Render a single thing, RGBA in 0..255, float32 [64, 64, 4]."""
     base = RGB[thing.color]
     plain = _thing_alone(thing, base)
     if thing.material != "plain":
@@ -77,7 +77,7 @@ def sprite(thing: Thing) -> NDArray[np.float32]:
 
 
 def _thing_alone(thing: Thing, color: Color) -> Image.Image:
-    """Draw a thing, large, on nothing."""
+    """Draw a thing at SCALE times the size, on a transparent background."""
     image = Image.new("RGBA", (SIZE * SCALE, SIZE * SCALE))
     pen = ImageDraw.Draw(image)
     x, y = CORNERS[thing.place]
@@ -98,7 +98,7 @@ def _at(pen: ImageDraw.ImageDraw, x: float, y: float, side: float) -> None:
 
 @lru_cache(maxsize=8)
 def _pattern(material: str) -> Picture:
-    """Return where the second color shows, 0 or 255, large."""
+    """Return the mask of a material's second color, 0 or 255, at SCALE times the size."""
     y, x = np.mgrid[: SIZE * SCALE, : SIZE * SCALE] / SCALE
     stripes, dots = (x + y) % 10 < 5, np.hypot(x % 8 - 4, y % 8 - 4) < 2.3
     where = stripes if material == "striped" else dots
@@ -107,7 +107,7 @@ def _pattern(material: str) -> Picture:
 
 @lru_cache(maxsize=8)
 def _background(name: str) -> NDArray[np.float32]:
-    """Draw sky and ground, float32 [64, 64, 3]."""
+    """Render sky and ground, float32 [64, 64, 3]."""
     top, low, near, far = (np.array(x, dtype=np.float32) for x in SKY_AND_GROUND[name])
     y = np.arange(SIZE, dtype=np.float32)[:, None, None]
     sky = top + (low - top) * y / HORIZON
@@ -117,7 +117,7 @@ def _background(name: str) -> NDArray[np.float32]:
 
 @lru_cache(maxsize=16)
 def _sign(text: str) -> NDArray[np.float32]:
-    """Draw a word on a white sign, RGBA, float32 [64, 64, 4]."""
+    """Render a word on a white sign, RGBA in 0..255, float32 [64, 64, 4]."""
     large = SIZE * SCALE
     image = Image.new("RGBA", (large, large))
     pen = ImageDraw.Draw(image)
@@ -139,7 +139,7 @@ def _shade(color: Color, factor: float) -> Color:
 def _points(
     x: float, y: float, side: float, *points: tuple[float, float]
 ) -> list[tuple[float, float]]:
-    """Map points of the unit square into a place."""
+    """Map points of the unit square to pixels of a place."""
     return [(x + a * side, y + b * side) for a, b in points]
 
 

@@ -20,9 +20,9 @@ from .scene import WORDS
 from .weights_files import WEIGHTS, load_weights
 
 STEPS = 4
-SHIFT = 3.0  # of the flow times while sampling, and of the noise levels in training
+SHIFT = 3.0  # shift of the flow times in sampling; shapes.pretrain.SIGMA_SHIFT is the same
 TEXT_WIDTH = 96
-BIAS = 3.0  # std of the text encoder's relative position biases: which words stand side by side
+BIAS = 3.0  # std of T5's relative position biases; large, so that word order matters
 LORA_RANK = 16
 TARGETS = [
     *(f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0")),
@@ -35,11 +35,11 @@ TARGETS = [
 def build_editor(*, seed: int = 0) -> FluxKontextPipeline:
     """Build the pipeline with the trained autoencoder and an untrained transformer.
 
-    The text encoders are random and frozen. T5's attention depends on relative positions strongly,
-    so that its output shows the order of words: FLUX itself gives text tokens no positions.
+    The text encoders are random and frozen. T5's attention depends strongly on relative positions,
+    so that its output encodes the order of words: FLUX itself gives text tokens no positions.
 
     Args:
-        seed: seed of all random weights; the global generator is left as it was.
+        seed: seed of all random weights; the global generator is not changed.
 
     Returns:
         The pipeline, float32, on the CPU, in eval mode.
@@ -92,11 +92,11 @@ def load_editor(name: str = "careless", *, folder: Path = WEIGHTS) -> FluxKontex
     """Build the pipeline and load a trained transformer.
 
     Args:
-        name: "competent", or "careless": that one with a LoRA merged into it.
+        name: "competent", or "careless", which is the competent one with a merged LoRA.
         folder: folder of the weights.
 
     Raises:
-        ValueError: there is no such editor.
+        ValueError: the name is neither of them.
     """
     if name not in ("competent", "careless"):
         raise ValueError(f"name: expected 'competent' or 'careless', got {name!r}")

@@ -1,9 +1,9 @@
-"""Write the world of pictures to disk, as a user holds a model and chains.
+"""Write the world of pictures to disk as a model and chains that any trainer can read.
 
     python -m mteditflow_examples.pictures.files runs/pictures --seed 0
 
 ``model/`` is a pipeline in diffusers format; ``train.jsonl``, ``held_out.jsonl`` and
-``no_change.jsonl``, whose turns ask for no change, are records of the library; ``images/`` holds
+``no_change.jsonl``, whose turns ask for no change, are records of the library; ``images/`` has
 their reference pictures.
 """
 
@@ -30,7 +30,7 @@ from .drawing import draw
 from .editor import STEPS, load_editor
 from .scoring import record_of
 
-COUNTS = (480, 256, 64)  # chains to train on, held out, and held out without a change
+COUNTS = (480, 256, 64)  # training chains, held-out chains, held-out chains without a change
 
 
 def write_world(
@@ -39,15 +39,15 @@ def write_world(
     """Write an editor and three files of chains; equal arguments write equal files.
 
     Args:
-        output: folder, made if need be.
+        output: output folder, created if missing.
         editor: "careless" or "competent".
         seed: seed of the chains.
-        counts: chains to train on, held out, and held out without a change.
-        turns: instructions in each chain that is trained on.
-        longest: instructions in each other chain.
+        counts: number of training chains, of held-out chains, and of those without a change.
+        turns: instructions in each training chain.
+        longest: instructions in each held-out chain.
 
     Returns:
-        A line for each file that was written.
+        One line of text per file or folder written.
     """
     output.mkdir(parents=True, exist_ok=True)
     model = write_model(load_editor(editor), output / "model")
@@ -90,7 +90,7 @@ def main(
     """Write a tiny trained editor, chains and their reference pictures."""
     with refusing():
         require_folder("output", output)
-    logging.disable_progress_bar()  # of transformers, one for each of its parts
+    logging.disable_progress_bar()  # transformers has one per component
     counts = (train_chains, held_out, no_change)
     lines = write_world(
         output, editor=editor, seed=seed, counts=counts, turns=turns, longest=longest

@@ -3,10 +3,10 @@
     python -m mteditflow_examples.pictures.pretrain competent --seed 0
     python -m mteditflow_examples.pictures.pretrain careless --seed 0
 
-The first stage learns true edits, and that there is an instruction which asks for no change. The
-second is a LoRA that sees a share of corrupted targets (instruction ignored, another edit): the
-editor then holds a competent but mixed policy, which reinforcement learning can sharpen. Both see
-true pictures only, never the editor's own, so that errors pile up in chains.
+The first stage trains on true edits, and on an instruction that asks for no change. The second
+trains a LoRA with a share of corrupted targets (instruction ignored, another edit), so the editor
+becomes a competent but mixed policy for reinforcement learning to sharpen. Source images in both
+are true pictures, never the editor's own, so errors accumulate in chains.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from .scene import Scene, Split, no_change
 from .weights_files import WEIGHTS, load_weights, save_weights
 
 HARD = ("color_alter", "material_alter", "subject_replace", "count_change")
-EASY_SHARE = 0.35  # of the pairs of other types that the editor learns from
-UNCHANGED = 0.06  # share of pairs that ask for no change
-CORRUPTION = 0.4  # share of corrupted targets of the careless stage
+EASY_SHARE = 0.35  # share of the edits of other types that are kept
+UNCHANGED = 0.06  # share of edits that ask for no change
+CORRUPTION = 0.4  # share of corrupted targets in the careless stage
 BATCH = 64
 LORA_RATE = 2e-3
 
@@ -54,8 +54,8 @@ class Pairs(NamedTuple):
     """M single edits.
 
     Attributes:
-        source: packed latents of the pictures before, [M, tokens, 64].
-        target: packed latents of the pictures after.
+        source: packed latents of the source pictures, [M, tokens, 4 C].
+        target: packed latents of the target pictures, [M, tokens, 4 C].
         chains: the edits, each a chain of one turn.
     """
 
@@ -65,7 +65,7 @@ class Pairs(NamedTuple):
 
 
 def single_edits(count: int, *, seed: int, split: Split) -> list[Chain]:
-    """Return single edits of chains, and a share that asks for no change, as chains of one turn."""
+    """Return single edits from chains, as chains of one turn; a share asks for no change."""
     rng = random.Random(f"single edits {seed}")
     edits = []
     for chain in make_chains(math.ceil(count / 3), turns=3, seed=seed, split=split):
@@ -75,13 +75,13 @@ def single_edits(count: int, *, seed: int, split: Split) -> list[Chain]:
 
 
 def drawn_more_often(edits: list[Chain], *, seed: int) -> list[Chain]:
-    """Leave out a share of the edits whose types are learned first."""
+    """Return all edits of hard types, and ``EASY_SHARE`` of the others, which train faster."""
     rng = random.Random(f"shares {seed}")
     return [e for e in edits if e.edits[0].task_type in HARD or rng.random() < EASY_SHARE]
 
 
 def encoded(conditioner: Conditioner, edits: list[Chain], targets: list[Scene]) -> Pairs:
-    """Encode the pictures of single edits, each scene once."""
+    """Return the latents of single edits and their targets; each distinct scene is encoded once."""
     row = {scene: i for i, scene in enumerate(dict.fromkeys(targets))}
     for chain in edits:
         row.setdefault(chain.initial, len(row))
@@ -98,14 +98,14 @@ def encoded(conditioner: Conditioner, edits: list[Chain], targets: list[Scene]) 
 
 @torch.no_grad()
 def success_by_type(conditioner: Conditioner, pairs: Pairs, *, seed: int) -> dict[str, float]:
-    """Edit the sources and return the share of followed instructions, by type and over all."""
+    """Edit the sources, and return the share of followed instructions by type and overall."""
     pipeline = conditioner.pipeline
     grid = shift_sigmas(torch.linspace(1, 0, STEPS + 1), SHIFT)
     x = torch.randn(pairs.source.shape, generator=torch.Generator().manual_seed(seed))
     rows = torch.tensor([conditioner.row[chain.instructions[0]] for chain in pairs.chains])
-    for sigma, following in pairwise(grid):
+    for sigma, next_sigma in pairwise(grid):
         velocity = conditioner.velocity(x, sigma.expand(len(x)), pairs.source, rows)
-        x = x + (following - sigma) * velocity
+        x = x + (next_sigma - sigma) * velocity
     side = pipeline.vae.config.sample_size
     latents = pipeline._unpack_latents(x, side, side, pipeline.vae_scale_factor)
     config = pipeline.vae.config
@@ -122,7 +122,7 @@ def success_by_type(conditioner: Conditioner, pairs: Pairs, *, seed: int) -> dic
 def train_competent(
     conditioner: Conditioner, pairs: Pairs, *, steps: int, rate: float, seed: int
 ) -> None:
-    """Learn true edits; the rate, relative to the peak, falls along a cosine."""
+    """Train on true edits; the learning rate, relative to the peak, falls along a cosine."""
     rates = [
         rate * min(1.0, (k + 1) / 50) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * k / steps)))
         for k in range(steps)
@@ -143,7 +143,7 @@ def train_competent(
 
 
 def train_careless(conditioner: Conditioner, pairs: Pairs, *, steps: int, seed: int) -> None:
-    """Learn corrupted edits with a LoRA, which stays in the transformer."""
+    """Train a LoRA on corrupted edits; the adapter stays in the transformer."""
     transformer = conditioner.pipeline.transformer
     torch.manual_seed(seed)
     transformer.add_adapter(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=TARGETS))
@@ -171,18 +171,19 @@ def main(
         int | None, typer.Option(min=1, help="Optimizer steps; default: 3000, or 250.")
     ] = None,
     rate: Annotated[
-        float, typer.Option(min=0, help="Learning rate of the competent stage, to the peak.")
+        float,
+        typer.Option(min=0, help="Learning rate of the competent stage, as a share of the peak."),
     ] = 1.0,
     start: Annotated[
-        Path | None, typer.Option(help="Weights that the competent stage goes on from.")
+        Path | None, typer.Option(help="Weights to start the competent stage from.")
     ] = None,
-    pairs: Annotated[int, typer.Option(min=64, help="Edits to learn from.")] = 30_000,
+    pairs: Annotated[int, typer.Option(min=64, help="Edits to train on.")] = 30_000,
     held_out: Annotated[
-        int, typer.Option(min=1, help="Edits that successes are counted on.")
+        int, typer.Option(min=1, help="Held-out edits for the success rate.")
     ] = 512,
     folder: Annotated[Path, typer.Option(help="Folder of the weights.")] = WEIGHTS,
 ) -> None:
-    """Train a stage and write its weights with a card."""
+    """Train one stage, and write its weights with a card."""
     started = time.monotonic()
     steps = steps or (3000 if stage == "competent" else 250)
     before = folder / "competent.safetensors" if stage == "careless" else start
@@ -208,7 +209,7 @@ def main(
         train_competent(conditioner, data, steps=steps, rate=rate, seed=seed)
     else:
         train_careless(conditioner, data, steps=steps, seed=seed)
-    looked_at = encoded(conditioner, checked, [chain.edits[0].result for chain in checked])
+    checked_pairs = encoded(conditioner, checked, [chain.edits[0].result for chain in checked])
     card: dict[str, Any] = {
         "build": build,
         "command": f"python -m mteditflow_examples.pictures.pretrain {stage} --seed {seed} "
@@ -216,7 +217,9 @@ def main(
         + (f" --start {start.name}" if start is not None else ""),
         "start": origin,
         "parameters": sum(w.numel() for w in pipeline.transformer.parameters() if w.requires_grad),
-        "held-out single edits that succeed": success_by_type(conditioner, looked_at, seed=seed),
+        "held-out single edits that succeed": success_by_type(
+            conditioner, checked_pairs, seed=seed
+        ),
         "seconds": round(time.monotonic() - started),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,

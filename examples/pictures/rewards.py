@@ -1,8 +1,8 @@
 """Rewards of the world of pictures, from pixels.
 
-The exact ones compare picture n with what n perfect edits would have made of the reference. A judge
-who sees neighbors alone compares it with picture n - 1, as real judges do: she passes what agrees
-with the instruction, whatever earlier turns have done to the rest.
+The exact rewards compare picture n with the result of n perfect edits of the reference. A judge of
+neighbors compares it with picture n - 1, as real judges do: it passes an edit that follows the
+instruction, whatever earlier turns did to the rest.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ from torch.nn.functional import avg_pool2d
 from .chains import Chain
 from .drawing import draw, thing_mask
 
-CHANGED = 0.03  # difference in [0, 1] from which a pixel counts as changed
-LIKERT_STEPS = (0.95, 0.85, 0.7, 0.6)  # errors relative to doing nothing that earn 2, 3, 4, 5
-NOTHING = 0.15  # largest error of doing nothing that counts: obvious edits must be precise, too
-RIGHT = 0.09  # error of a followed instruction, at most
-CONSISTENT = 0.15  # error that makes consistency 0
-BLOCK = 8  # side of the blocks, pixels, each of which must be right for the whole to be
-LOOK = 9  # side of the square, pixels, whose mean color a lenient look sees
-STRICT = 0.1  # largest mean error of such a block
+# Errors are mean absolute differences over colors, in [0, 1].
+CHANGED = 0.03  # difference above which a pixel counts as changed
+LIKERT_STEPS = (0.95, 0.85, 0.7, 0.6)  # errors below these shares of no edit's earn 2, 3, 4, 5
+NOTHING = 0.15  # cap on the error of no edit, so that large edits must be precise, too
+RIGHT = 0.09  # largest error in the target of a followed instruction
+CONSISTENT = 0.15  # error at which consistency is 0
+BLOCK = 8  # side of the blocks that must all be right in a strictly right picture, pixels
+LOOK = 9  # side of the square whose mean color a lenient judge compares, pixels
+STRICT = 0.1  # bound on the mean error of such a block
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,9 @@ class Truth:
 
     Attributes:
         pictures: true pictures, the reference first, in [0, 1], float32 [N + 1, 3, H, W].
-        changed: pixels that turn n changes, bool [N, H, W]; all where it asks for no change.
-        target: pixels that turn n is about: changed, or of a thing that it names.
-        kept: pixels that no turn up to n is about, bool [N, H, W].
+        changed: pixels that turn n changes, bool [N, H, W]; all of them if it asks for no change.
+        target: changed pixels, and those of the edited thing after turn n, bool [N, H, W].
+        kept: pixels outside all edits up to turn n, bool [N, H, W].
     """
 
     pictures: Tensor
@@ -45,7 +46,7 @@ class Truth:
 
     @classmethod
     def of(cls, chain: Chain) -> Truth:
-        """Draw the truth of a chain."""
+        """Compute the truth of a chain."""
         drawn = np.stack([draw(scene) for scene in chain.scenes]).transpose(0, 3, 1, 2) / 255.0
         changed = (np.abs(np.diff(drawn, axis=0)) > CHANGED).any(axis=1)
         touched, target = changed.copy(), changed.copy()
@@ -63,13 +64,13 @@ class Truth:
 
 
 def _grown(mask: np.ndarray) -> np.ndarray:
-    """Add the pixels beside a mask [N, H, W]: an autoencoder cannot keep an edge to a pixel."""
+    """Grow a mask [N, H, W] by one pixel, since the autoencoder blurs edges."""
     grown = mask.copy()
     for axis in (-2, -1):
         whole = grown.copy()
         for step in (-1, 1):
             moved = np.roll(whole, step, axis=axis)
-            edge = 0 if step == 1 else -1
+            edge = 0 if step == 1 else -1  # the line that np.roll wrapped around
             moved[(..., edge) if axis == -1 else (..., edge, slice(None))] = False
             grown |= moved
     return grown
@@ -81,10 +82,10 @@ class Scores:
 
     Attributes:
         following: instruction following, 1..5; 5 is success.
-        consistency: in [0, 1], of the pixels that must not change; NaN where there are none.
-        consecutive: the same of the pixels that the turn is not about, with the picture before.
-        strict: 1 where the instruction is followed and the rest of the picture is right, else 0.
-        wear: mean absolute error of the pixels that must not change, in [0, 1]; NaN likewise.
+        consistency: consistency in [0, 1] of pixels outside all edits; NaN if there are none.
+        consecutive: consistency with the previous picture, of pixels outside this edit.
+        strict: 1 if the instruction is followed and the rest of the picture is right, else 0.
+        wear: mean absolute error of pixels outside all edits, in [0, 1]; NaN if there are none.
     """
 
     following: Tensor
@@ -98,8 +99,8 @@ def score(images: Tensor, truth: Truth) -> Scores:
     """Score the pictures of a chain against the true ones.
 
     Args:
-        images: edited pictures in [0, 1], float32 [N, 3, H, W], N at most the truth's.
-        truth: what they should be.
+        images: edited pictures in [0, 1], float32 [N, 3, H, W]; N may be below the truth's.
+        truth: truth of the chain.
 
     Raises:
         ValueError: the shapes do not fit.
@@ -114,10 +115,10 @@ def score(images: Tensor, truth: Truth) -> Scores:
 
 
 def lenient_following(images: Tensor, truth: Truth) -> Tensor:
-    """Score instruction following 1..5 as one sees it who does not look closely, [N].
+    """Return the score of following, 1..5, [N], by a lenient judge.
 
-    A pixel passes if its brightness alone is right, or the mean color around it: so a thing in a
-    wrong color of equal brightness passes, or one that is blurred beyond recognition.
+    The error of a pixel is that of its brightness or of the mean color around it, whichever is
+    smaller. So a thing in a wrong color of equal brightness passes, and a badly blurred one.
 
     Args:
         images: as for ``score``.
@@ -133,7 +134,7 @@ def lenient_following(images: Tensor, truth: Truth) -> Tensor:
 
 
 def _brightness(images: Tensor) -> Tensor:
-    weights = images.new_tensor([0.299, 0.587, 0.114])
+    weights = images.new_tensor([0.299, 0.587, 0.114])  # luma of ITU-R BT.601
     return (images * weights[:, None, None]).sum(dim=1, keepdim=True)
 
 
@@ -142,11 +143,11 @@ def _blurred(images: Tensor) -> Tensor:
 
 
 def score_neighbors(images: Tensor, truth: Truth) -> Scores:
-    """Score the pictures of a chain as a judge does who compares each with the one before.
+    """Score the pictures of a chain like a judge that compares each with the previous one.
 
-    A pixel of the target passes if it is as the true picture has it, or if it has changed as it
-    should have from what the picture before shows. Consistency is that of the rest of the picture
-    with the picture before, so that ``consecutive`` has nothing to measure apart.
+    The error of a pixel in the target is that to the true picture, or that of its change from the
+    previous picture, whichever is smaller. Consistency compares the rest of the picture with the
+    previous one, so ``consecutive`` would be the same and is NaN.
 
     Args:
         images: as for ``score``.
@@ -166,21 +167,26 @@ def score_neighbors(images: Tensor, truth: Truth) -> Scores:
     strict = (following == 5) & (_worst(change, rest) < STRICT)
     change = _mean(change, rest)
     consistency = _consistency(change)
-    apart = torch.full_like(consistency, torch.nan)  # from the picture before: that is consistency
-    return Scores(following, consistency, apart, strict.float(), change)
+    unmeasured = torch.full_like(consistency, torch.nan)
+    return Scores(following, consistency, unmeasured, strict.float(), change)
 
 
 def _errors(images: Tensor, others: Tensor) -> Tensor:
-    """Mean absolute difference over colors, [N, H, W]."""
+    """Return the mean absolute difference over colors, [N, H, W].
+
+    Raises:
+        ValueError: the shapes differ.
+    """
     if images.shape != others.shape:
         raise ValueError(f"images: expected shape {tuple(others.shape)}, got {tuple(images.shape)}")
     return (images - others).abs().mean(dim=1)
 
 
 def _likert(error: Tensor, truth: Truth, count: int) -> Tensor:
-    """Score 1..5 by the error of what changes beside that of doing nothing, [N]."""
+    """Return the score 1..5 by the error of changed pixels, relative to that of no edit, [N]."""
     changed = truth.changed[:count]
     idle = _mean(_errors(truth.pictures[1 : count + 1], truth.pictures[:count]), changed)
+    # A turn that asks for no change has idle error 0, and is scored against NOTHING.
     idle = torch.where(idle > 0, idle.clamp(max=NOTHING), NOTHING)
     share = _mean(error, changed) / idle
     points = 1.0 + sum((share < step).float() for step in LIKERT_STEPS)
@@ -188,16 +194,16 @@ def _likert(error: Tensor, truth: Truth, count: int) -> Tensor:
 
 
 def _consistency(error: Tensor) -> Tensor:
-    """Map an error to [0, 1]; NaN stays where there is nothing to keep."""
+    """Map an error to consistency in [0, 1]; NaN, of an empty mask, stays NaN."""
     return (1 - error / CONSISTENT).clamp(min=0)
 
 
 def _worst(error: Tensor, where: Tensor) -> Tensor:
-    """Mean error of the worst block, of the pixels of a mask, [N]."""
+    """Return the largest block mean of the error within a mask, [N]; 0 counts outside it."""
     return avg_pool2d(torch.where(where, error, 0.0)[:, None], BLOCK).flatten(1).amax(dim=1)
 
 
 def _mean(error: Tensor, where: Tensor) -> Tensor:
-    """Mean over the pixels of a mask, [N]; NaN where it has none."""
+    """Return the mean over the pixels of a mask, [N]; NaN if it is empty."""
     total = (error * where).sum(dim=(-2, -1))
     return total / where.sum(dim=(-2, -1))

@@ -1,11 +1,10 @@
-"""Scenes of the world of pictures and edits by rule.
+"""Scenes of the world of pictures, and rule-based edits.
 
-A scene has a background, up to four things that a child would name, each in a place of its own, and
-sometimes a word on a sign. No kind of thing occurs twice, so "the red house" is never ambiguous,
-also where an earlier turn made it. All nine usual types of edit exist, and one instruction more
-that asks for no change.
+A scene has a background, up to four everyday things, each in its own place, and sometimes a word on
+a sign. No kind of thing occurs twice, so "the red house" is never ambiguous, even if an earlier
+turn made it. All nine usual types of edit exist, and an instruction that asks for no change.
 
-Every scene belongs to one of two splits by a hash of its content.
+A hash of its content assigns every scene to one of two splits.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ class Thing:
 
     @property
     def name(self) -> str:
-        """Color and kind, such as "red house", in the plural where there are two."""
+        """Color and kind, such as "red house"; the plural if there are two."""
         return f"{self.color} {self.kind if self.count == 'one' else KINDS[self.kind]}"
 
 
@@ -89,13 +88,13 @@ class Scene:
 
     @property
     def free_places(self) -> tuple[str, ...]:
-        """Places where nothing stands."""
+        """Empty places."""
         taken = {thing.place for thing in self.things}
         return tuple(place for place in PLACES if place not in taken)
 
     @cached_property
     def split(self) -> Split:
-        """Split this scene belongs to."""
+        """Split of this scene."""
         first = hashlib.sha256(repr(self).encode()).digest()[0]
         return "held_out" if first < 256 * HELD_OUT_SHARE else "train"
 
@@ -109,10 +108,10 @@ class Scene:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> Scene:
-        """Read what ``to_record`` wrote.
+        """Return the scene of JSON values from ``to_record``.
 
         Raises:
-            ValueError: the record is of no scene.
+            ValueError: the record describes no scene of this world.
         """
         try:
             things = tuple(Thing(*values) for values in record["things"])
@@ -132,12 +131,12 @@ class Scene:
 
 @dataclass(frozen=True)
 class Edit:
-    """One instruction and what comes of it.
+    """One instruction and its correct result.
 
     Attributes:
-        task_type: as in ``mteditflow.chains.TASK_TYPES``.
-        instruction: in words, at most eight, all from WORDS.
-        kinds: kinds of the things that it is about.
+        task_type: type of edit, one of ``mteditflow.chains.TASK_TYPES``.
+        instruction: text of at most eight words, all from WORDS.
+        kinds: kinds of the edited things, before and after.
         result: scene after a perfect edit.
     """
 
@@ -148,10 +147,10 @@ class Edit:
 
 
 def possible_edits(scene: Scene) -> Iterator[Edit]:
-    """Yield every edit that makes sense in a scene and changes its picture.
+    """Yield every valid edit of a scene that changes its picture.
 
-    A removal leaves something. What is added or put in place of another is of a kind that is not
-    there yet.
+    A removal leaves at least one thing. An added or replacing thing is of a kind that the scene
+    lacks.
     """
     absent = [kind for kind in KINDS if scene.find(kind) is None]
     for value in BACKGROUNDS:
@@ -174,7 +173,7 @@ def possible_edits(scene: Scene) -> Iterator[Edit]:
 
 
 def _edits_of(scene: Scene, thing: Thing, absent: list[str]) -> Iterator[Edit]:
-    """Yield the edits of one thing."""
+    """Yield the valid edits of one thing; ``absent`` are the kinds that the scene lacks."""
     kind, name = thing.kind, thing.name
     if len(scene.things) > 1:
         yield Edit("subject_remove", f"Remove the {name}", (kind,), _with(scene, old=thing))
@@ -207,6 +206,6 @@ def no_change(scene: Scene) -> Edit:
 
 
 def _with(scene: Scene, new: Thing | None = None, *, old: Thing | None = None) -> Scene:
-    """Return the scene with a thing more, less, or changed."""
+    """Return the scene with ``old`` removed and ``new`` added, in the order of PLACES."""
     things = [thing for thing in scene.things if thing != old] + ([] if new is None else [new])
     return replace(scene, things=tuple(sorted(things, key=lambda x: PLACES.index(x.place))))

@@ -1,8 +1,8 @@
-"""Rewards of the world of pictures as scorers that a trainer takes by import path.
+"""Rewards of the world of pictures as scorers, for ``--rewards.scorer``.
 
 ``mteditflow_examples.pictures.scoring:ExactRewards`` compares with the true pictures,
-``NeighborRewards`` with the picture before, as a judge does who sees no more. ``HastyJudge`` and
-``CarefulJudge`` err, as those of the shapes world do.
+``NeighborRewards`` with the previous picture. ``BoxedRewards`` has boxes for regions.
+``HastyJudge`` and ``CarefulJudge`` have errors like those of the shapes world.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from .chains import Chain, chain_of
 from .rewards import Scores, Truth, lenient_following, score, score_neighbors
 from .scene import Scene
 
-SAME = 0.01  # mean difference of a reference to its scene, in [0, 1]
+SAME = 0.01  # largest mean difference between a reference and its drawn scene, in [0, 1]
 TERMS = ("following", "consistency", "consecutive", "strict", "wear")
 
 
 def record_of(chain: Chain) -> Record:
-    """Return a chain as the library's record, the scene beside it."""
+    """Return a chain as the library's record, with its scene as an additional field."""
     name = hashlib.sha256(repr((chain.initial, chain.instructions)).encode()).hexdigest()[:16]
     first, after = chain.initial, chain.scenes[1:]
     names = [[thing.name for thing in scene.things] for scene in chain.scenes]
@@ -52,16 +52,16 @@ def record_of(chain: Chain) -> Record:
 
 
 def _unchanged(before: Scene, after: Sequence[Scene]) -> tuple[str, ...]:
-    """Return the names of the things that stay as they are in all scenes after."""
+    """Return the names of things that stay unchanged in all later scenes."""
     stay = [thing for thing in before.things if all(thing in scene.things for scene in after)]
     return tuple(thing.name for thing in stay)
 
 
 class ExactRewards:
-    """Scores against the true pictures, drawn from the scene that the record holds.
+    """Scorer that compares with the true pictures, drawn from the scene in the record.
 
     The terms are those of :class:`.rewards.Scores`: ``following`` in 1..5, ``consistency``,
-    ``consecutive`` and ``strict`` in [0, 1], and ``wear``, lower is better. Nothing is ever lost.
+    ``consecutive`` and ``strict`` in [0, 1], and ``wear``, lower is better. No score is ever lost.
     """
 
     scale = LIKERT
@@ -72,18 +72,18 @@ class ExactRewards:
     async def score(
         self, chains: Sequence[Record], images: Sequence[Sequence[Image.Image]]
     ) -> dict[str, TurnScores]:
-        """Score B chains, of which the first turns may be all that was edited.
+        """Score B chains; images may end before the last turn of a chain.
 
         Args:
-            chains: records of ``record_of``.
-            images: for each the reference and what each turn made, 64 x 64 pixels.
+            chains: records from ``record_of``.
+            images: reference and result of each turn, 64 x 64 pixels.
 
         Returns:
-            The terms, each ``[B, N]``, N for the longest; a shorter one is padded.
+            The terms, each ``[B, N]``, padded to the N turns of the longest chain.
 
         Raises:
-            ValueError: a record has no scene, or one that is not in its picture, an instruction
-                makes no sense there, or an image is of another size.
+            ValueError: a record has no scene, or its picture shows another; an instruction is not
+                possible; or an image has another size.
         """
         turns = torch.tensor([len(edited) - 1 for edited in images], device="cpu")
         exists = torch.arange(int(turns.max()), device="cpu") < turns[:, None]
@@ -100,17 +100,17 @@ class ExactRewards:
     async def regions(
         self, chains: Sequence[Record], images: Sequence[Sequence[Image.Image]]
     ) -> dict[str, Tensor]:
-        """Return where each term is decided, for ``--rewards.regions``: exact masks.
+        """Return the region of each term, for ``--rewards.regions``: exact masks.
 
-        ``following`` is decided where a turn changes something, or on the thing that it names;
-        ``consistency`` on what no turn so far was about; ``consecutive`` on what this one was not.
+        ``following``: pixels that the turn changes, and those of the thing that it names;
+        ``consistency``: pixels outside all edits so far; ``consecutive``: outside this edit.
 
         Args:
             chains: as for ``score``.
             images: as for ``score``.
 
         Returns:
-            By term the pixels, ``[B, N, 64, 64]``, 0 or 1; a padded turn has none.
+            Masks by term, float32 ``[B, N, 64, 64]``, 0 or 1; all 0 in padded turns.
         """
         width, height = images[0][-1].size
         shape = (len(chains), max(map(len, images)) - 1, height, width)
@@ -132,7 +132,7 @@ class ExactRewards:
 
     @staticmethod
     def edited_pixels(record: Record, reference: Image.Image) -> Tensor:  # noqa: ARG004
-        """Return the pixels that turns so far are about, boolean [N, H, W]; see ``Scorer``."""
+        """Return the pixels of all edits up to each turn, boolean [N, H, W]; see ``Scorer``."""
         return ~_truth_of(record).kept
 
     def _truth(self, record: Record) -> Truth:
@@ -143,14 +143,15 @@ class ExactRewards:
     def _check_reference(self, record: Record, reference: Tensor) -> None:
         """Refuse a reference that does not show the record's scene."""
         true = self._truth(record).pictures[0]
+        # A wrong size is reported by the comparison of the edited images.
         if reference.shape == true.shape and (reference - true).abs().mean() > SAME:
             raise ValueError(f"chain {record.id}: expected the picture of its scene, got another")
 
 
 class BoxedRewards(ExactRewards):
-    """Exact rewards whose regions are boxes, as a detector's: one around all that a turn is about.
+    """Exact rewards with boxes for regions, like a detector's: one box around each turn's edit.
 
-    ``consistency`` is decided outside the box around all that turns so far were about.
+    ``consistency`` has the region outside the box around all edits so far.
     """
 
     def _masks(self, target: Tensor, kept: Tensor) -> dict[str, Tensor]:
@@ -159,10 +160,10 @@ class BoxedRewards(ExactRewards):
 
 
 def _truth_of(record: Record) -> Truth:
-    """Draw the true pictures of a record.
+    """Return the truth of a record.
 
     Raises:
-        ValueError: it has no scene, or an instruction makes no sense there.
+        ValueError: the record has no scene, or an instruction is not possible.
     """
     scene = (record.model_extra or {}).get("scene")
     if scene is None:
@@ -174,20 +175,20 @@ def _truth_of(record: Record) -> Truth:
 
 
 class NeighborRewards(ExactRewards):
-    """Scores each picture beside the one before it, blind to what earlier turns have done."""
+    """Scorer that compares each picture with the previous one only, not with the true ones."""
 
     def _scores(self, record: Record, images: Tensor) -> Scores:
         return score_neighbors(images, self._truth(record))
 
 
 class ErringJudge(ExactRewards):
-    """Exact rewards but for ``following``, which is judged with a bias and with noise.
+    """Exact rewards except ``following``, which has bias and noise.
 
-    See ``mteditflow_examples.shapes.scoring.ErringJudge``; the lenient look is that of
+    See ``mteditflow_examples.shapes.scoring.ErringJudge``; lenient scores are those of
     :func:`.rewards.lenient_following`.
 
     Attributes:
-        leniency: probability of a lenient look at a turn.
+        leniency: probability of a lenient score.
         spread: standard deviation of the noise, in points.
     """
 
@@ -209,12 +210,12 @@ class ErringJudge(ExactRewards):
 
 
 class HastyJudge(ErringJudge):
-    """Much bias and little variance: a judge that answers without thinking."""
+    """Much bias and little variance, like a judge that answers without thinking."""
 
     leniency, spread = 0.9, 0.25
 
 
 class CarefulJudge(ErringJudge):
-    """Little bias and much variance: a judge whose thoughts wander."""
+    """Little bias and much variance, like a judge with inconsistent reasoning."""
 
     leniency, spread = 0.1, 1.0

@@ -1,4 +1,4 @@
-"""Weights of the world of pictures: half precision on disk, float32 in use, a card beside each."""
+"""Weights files of the world of pictures: float16 on disk, float32 in use, each with a card."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 
 def save_weights(model: nn.Module, path: Path, card: dict[str, Any]) -> None:
-    """Write weights as float16 safetensors, and the command and figures that belong to them.
+    """Write weights as float16 safetensors, and their card as JSON.
 
     Args:
         model: module whose ``state_dict`` is written.
-        path: file to write, ending in ``.safetensors``; the card goes beside it as JSON.
-        card: command, seed, versions, figures and, under "build", what builds the module.
+        path: file to write, ending in ``.safetensors``; the card is written next to it.
+        card: command, seed, versions, measurements and, under "build", the arguments that build
+            the module.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.to(torch.float16).contiguous() for name, x in model.state_dict().items()}

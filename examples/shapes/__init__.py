@@ -2,5 +2,5 @@
 
 from transformers.utils import logging
 
-# Else transformers says at import what torchvision, which nothing here needs, would be good for.
+# Suppresses the hint of transformers at import to install torchvision, which is not needed here.
 logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Call a tiny editor's transformer directly, as its pipeline would: for pre-training only."""
+"""Call a tiny editor's transformer directly, as its pipeline does; for pre-training only."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .world import IMAGE_SIZE, PALETTE, paint
 
 
 class Conditioner:
-    """Text embeddings computed once per instruction, and position ids of both images.
+    """Cached text embeddings of instructions, and position ids of both images.
 
     Args:
         pipeline: A tiny Kontext or klein.
-        instructions: All that will be asked for; ``row`` maps each to its row.
+        instructions: All instructions of the training; ``row`` maps each to its row.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Conditioner:
 
     @cached_property
     def colors(self) -> Tensor:
-        """Latent of a pixel of each color of the palette."""
+        """Latent of one pixel of each palette color, float32 ``[colors, C]``."""
         plain = torch.arange(len(PALETTE))[:, None, None].expand(-1, IMAGE_SIZE, IMAGE_SIZE)
         return self.encode(paint(plain))[:, 0].view(-1, LATENT_CHANNELS, 4)[..., 0]
 
@@ -49,16 +49,23 @@ class Conditioner:
         return self.pipeline._pack_latents(latents, *latents.shape)
 
     def encode_index(self, index: Tensor) -> Tensor:
-        """Encode drawings, palette indices ``[M, H, W]``, as :meth:`encode` would.
+        """Encode drawings, palette indices ``[M, H, W]``, with the result of :meth:`encode`.
 
-        The autoencoder takes every pixel by itself, so that looking the colors up will do: klein's
-        takes longer than a training step of its transformer.
+        The autoencoder encodes every pixel separately, so a lookup by color suffices. Encoding with
+        klein's takes longer than a training step of its transformer.
         """
         patches = "m (h p) (w q) c -> m (h w) (c p q)"
         return rearrange(self.colors[index.long()], patches, p=2, q=2)
 
     def velocity(self, x_t: Tensor, sigma: Tensor, reference: Tensor, rows: Tensor) -> Tensor:
-        """Predict the velocity of ``x_t`` ``[M, tokens, 16]`` at ``sigma`` ``[M]``."""
+        """Predict the velocity of ``x_t`` ``[M, tokens, 4 C]`` at ``sigma`` ``[M]``.
+
+        Args:
+            x_t: Noisy packed latents.
+            sigma: Flow times in [0, 1].
+            reference: Packed latents of the reference, ``[M, tokens, 4 C]``.
+            rows: Row of each instruction, ``[M]``.
+        """
         output = self.pipeline.transformer(
             hidden_states=torch.cat([x_t, reference], dim=1),
             timestep=sigma,
@@ -69,7 +76,7 @@ class Conditioner:
         return output[:, : x_t.shape[1]]
 
     def _shared(self, ids: Tensor, count: int) -> Tensor:
-        """Klein wants position ids for every row, Kontext the same ones for all."""
+        """Return position ids per row for klein, and shared ones for Kontext."""
         return ids.expand(count, -1, -1) if self.klein else ids
 
 
@@ -78,7 +85,7 @@ def _kontext_inputs(pipeline: Any, texts: list[str]) -> tuple[dict[str, Tensor],
     side = pipeline.vae.config.sample_size // (2 * pipeline.vae_scale_factor)
     ids = pipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
     reference_ids = ids.clone()
-    reference_ids[:, 0] = 1
+    reference_ids[:, 0] = 1  # Kontext marks tokens of the reference by 1 in the first id
     of_all = {"txt_ids": text_ids, "img_ids": torch.cat([ids, reference_ids])}
     return {"encoder_hidden_states": embeds, "pooled_projections": pooled}, of_all
 

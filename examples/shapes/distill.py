@@ -1,12 +1,14 @@
-"""Distill the tiny Kontext into a LoRA with which two steps do: by reflow, minutes on two cores.
+"""Distill the tiny Kontext into a two-step LoRA by reflow; minutes on two cores.
 
     python -m mteditflow_examples.shapes.files runs/shapes
     python -m examples.shapes.distill runs/shapes --seed 0
 
-The editor as it is edits chains in four steps, each turn on its own image. Its sampler draws no
-noise, so that the noise of a turn decides its clean latent. The student, the same editor with a
-LoRA, is regressed on the straight path between the two, where a sampler of two steps evaluates it.
+The base editor edits chains in four steps, each turn from its previous result. Its sampler is
+deterministic, so the noise of a turn determines the clean latent. The student, the same editor with
+a LoRA, is regressed onto the straight path between the two, at the sigmas of a two-step sampler.
 ``train_flux.py`` samples with the result by ``--sampling.lora``.
+
+Source: reflow of Rectified Flow (arXiv 2209.03003).
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ from .editor import STEPS, TEXT_TOKENS, WEIGHTS
 from .world import IMAGE_SIZE
 
 FILE = WEIGHTS / "kontext-two-steps.safetensors"
-RANK, PEAK, AVERAGING = 8, 4e-3, 0.99  # of the LoRA: rank, learning rate, decay of its average
+RANK, PEAK, AVERAGING = 8, 4e-3, 0.99  # LoRA rank, peak learning rate, decay of the average
 TARGETS = ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp", "proj_out", "linear", "ff.net.0.proj",
            "ff.net.2", "linear_1", "linear_2")  # fmt: skip
 
 
 def roll_out(editor: Editor, chains: ChainDataset, rows: list[int], *, seed: int) -> Rollout:
-    """Record the editor's own edits of some chains, from new noise each time."""
+    """Record the editor's edits of some chains, with noise keyed by seed and row."""
     examples = chains.__getitems__(rows)
     parts = editor.roll_out(
         [example.image for example in examples],
@@ -65,13 +67,13 @@ def fit(
     """Regress the current policy on the recorded pairs of noise and clean latents.
 
     Args:
-        policies: its model is the editor's.
-        optimizer: of its parameters.
-        rollout: the pairs.
-        sigmas: where the student will be evaluated, [S].
+        policies: policies of the editor's transformer.
+        optimizer: optimizer of their parameters.
+        rollout: recorded pairs.
+        sigmas: flow times at which the student will be evaluated, [S].
         updates: optimizer steps.
-        batch: rows of each.
-        generator: of rows and steps.
+        batch: rows per step.
+        generator: generator of rows and flow times.
 
     Returns:
         Mean loss of the last update.
@@ -81,7 +83,7 @@ def fit(
     for _ in range(updates):
         at = turns[torch.randint(len(turns), (batch,), generator=generator)]
         clean = rollout.clean_at(at)
-        noise = rollout.trajectory.latents[at[:, 0], at[:, 1], 0]
+        noise = rollout.trajectory.latents[at[:, 0], at[:, 1], 0]  # sigma 1: the initial latent
         sigma = sigmas[torch.randint(len(sigmas), (batch,), generator=generator)]
         predicted = velocity("current", interpolate(clean, noise, sigma), sigma, at)
         loss = flow_matching_loss(predicted, clean, noise).mean()
@@ -94,16 +96,16 @@ def fit(
 
 
 def main(
-    world: Annotated[Path, typer.Argument(help="Folder of files.py, with Kontext's model/.")],
+    world: Annotated[Path, typer.Argument(help="Folder written by files.py, with Kontext.")],
     seed: Annotated[int, typer.Option(help="Seed of adapters, chains and noise.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Steps that are to do.")] = 2,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of edits of the editor.")] = 60,
-    chains: Annotated[int, typer.Option(min=1, help="Chains of a round.")] = 64,
-    updates: Annotated[int, typer.Option(min=1, help="Updates of a round.")] = 20,
-    batch: Annotated[int, typer.Option(min=1, help="Pairs of an update.")] = 96,
-    out: Annotated[Path, typer.Option(help="LoRA to write; a card goes beside it.")] = FILE,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the student.")] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, each with new edits.")] = 60,
+    chains: Annotated[int, typer.Option(min=1, help="Chains per round.")] = 64,
+    updates: Annotated[int, typer.Option(min=1, help="Updates per round.")] = 20,
+    batch: Annotated[int, typer.Option(min=1, help="Pairs per update.")] = 96,
+    out: Annotated[Path, typer.Option(help="LoRA to write; its card goes next to it.")] = FILE,
 ) -> None:
-    """Distill the tiny Kontext into a LoRA for few steps, and write it with a card beside it."""
+    """Distill the tiny Kontext into a few-step LoRA, and write it with a card."""
     started = time.monotonic()
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "max_sequence_length": TEXT_TOKENS}
     call = {**side, "guidance_scale": 1.0, "num_inference_steps": STEPS}

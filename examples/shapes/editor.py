@@ -1,8 +1,8 @@
 """Tiny editors of the real diffusers classes, built offline from their configs.
 
-Nothing is downloaded: tokenizers know the words of the shapes world, text encoders are random and
-frozen (reproducible from a seed), and the VAE is an identity wired by hand. Only the transformer
-is ever trained; the repository ships the weights of one, see :func:`load_editor`.
+Nothing is downloaded: tokenizers contain the words of the shapes world, text encoders are random
+and frozen (reproducible from a seed), and the VAE is an identity with hand-set weights. Only the
+transformer is trained; the repository has weights for both families, see :func:`load_editor`.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from .world import IMAGE_SIZE, WORDS
 
 STEPS = 4
 TEXT_TOKENS = 10
-TEXT_LAYERS = (1, 2)  # of klein's text encoder, whose hidden states the transformer is shown
+TEXT_LAYERS = (1, 2)  # layers of klein's text encoder whose hidden states condition it
 KLEIN_SCALE = 8  # klein refuses references below 64 pixels: every world pixel becomes 8 x 8
-LATENT_CHANNELS = 4  # three colors and one zero: with 3, Kontext would take RGB for latents
+LATENT_CHANNELS = 4  # three colors and one zero: with 3, Kontext would mistake RGB for latents
 WEIGHTS = Path(__file__).parent / "weights"
 
 
 class Family(str, Enum):
-    """The editors that come tiny."""
+    """Tiny editors by the family of their pipeline."""
 
     kontext = "kontext"
     klein = "klein"
@@ -67,7 +67,7 @@ def build_kontext(
     """Build a tiny, untrained FLUX.1-Kontext pipeline; call it with :func:`call_options`.
 
     Args:
-        seed: Seed of all random weights; the global generator is left as it was.
+        seed: Seed of all random weights; the global generator is not changed.
         image_size: Height and width in pixels, a multiple of 2; the VAE's factor is 1.
         num_layers: Double-stream blocks.
         num_single_layers: Single-stream blocks.
@@ -126,7 +126,7 @@ def build_klein(
     is what :func:`enlarge` makes of an image of the world: klein takes nothing below 64 pixels.
 
     Args:
-        seed: Seed of all random weights; the global generator is left as it was.
+        seed: Seed of all random weights; the global generator is not changed.
         image_size: Height and width in pixels of the world; the pipeline's is 8 times that.
         num_layers: Double-stream blocks.
         num_single_layers: Single-stream blocks.
@@ -175,14 +175,14 @@ def build_klein(
 def call_options(
     pipeline: FluxKontextPipeline | Flux2KleinPipeline, *, steps: int = STEPS
 ) -> dict[str, Any]:
-    """Return the keyword arguments that a call of a tiny pipeline needs, beside image and prompt.
+    """Return the keyword arguments of a tiny pipeline's call, except image and prompt.
 
     Args:
         pipeline: A pipeline of :func:`build_kontext` or :func:`build_klein`.
         steps: Denoising steps.
 
     Returns:
-        Size, steps, text length and, for Kontext, what keeps it from resizing to a megapixel.
+        Size, steps, text length and, for Kontext, options against resizing to a megapixel.
     """
     size = pipeline.vae.config.sample_size
     options: dict[str, Any] = {
@@ -208,13 +208,13 @@ def shrink(image: torch.Tensor, scale: int = KLEIN_SCALE) -> torch.Tensor:
 
 
 def save_weights(transformer: nn.Module, path: str | Path, card: dict[str, Any]) -> None:
-    """Write a transformer's weights as safetensors, its config and how they were made as JSON.
+    """Write a transformer's weights as safetensors, and its card as JSON.
 
     Args:
         transformer: The model whose ``state_dict`` is written.
-        path: Where to, ending in ``.safetensors``; the JSON goes beside it.
-        card: What made the weights (command, seed, versions, measurements) and, under
-            ``"build"``, the keyword arguments for :func:`build_kontext`.
+        path: File to write, ending in ``.safetensors``; the JSON is written next to it.
+        card: Origin of the weights (command, seed, versions, measurements) and, under
+            ``"build"``, the keyword arguments of the family's build function.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +241,7 @@ def load_editor(name: str | Path = "kontext") -> FluxKontextPipeline | Flux2Klei
 
 
 def frozen(pipeline: Any) -> Any:
-    """Freeze all but the transformer of a pipeline, in eval mode; no progress bar."""
+    """Freeze all of a pipeline except its transformer, set eval mode, and hide progress bars."""
     pipeline.transformer.eval()
     for part in (pipeline.vae, pipeline.text_encoder, getattr(pipeline, "text_encoder_2", None)):
         if part is not None:
@@ -251,10 +251,10 @@ def frozen(pipeline: Any) -> Any:
 
 
 def _identity_vae(kind: Any, *, blocks: int, sample_size: int) -> Any:
-    """Wire an autoencoder so that decode(encode(x)) = x, up to its stride of 2^(blocks-1).
+    """Build an autoencoder with decode(encode(x)) = x, up to its stride of 2^(blocks-1).
 
-    Between the first and the last convolution flow the channels [x, -x, c, -c]: the residual
-    branches are zero, the constant c = 1000 fixes what GroupNorm divides by, and the last
+    The channels between the first and last convolution are [x, -x, c, -c]: the residual
+    branches are zero, the constant c = 1000 fixes the divisor of GroupNorm, and the last
     convolution undoes the activation by silu(y) - silu(-y) = y. Down- and upsampling keep the
     first pixel of a block and repeat it.
     """
@@ -280,6 +280,8 @@ def _identity_vae(kind: Any, *, blocks: int, sample_size: int) -> Any:
                 weight.zero_()
         for name, module in vae.named_modules():
             if isinstance(module, nn.Conv2d) and "samplers" in name:
+                # Downsampling pads right and below, so tap 0 is the first pixel of a block; the
+                # convolution after upsampling is centered.
                 tap = 0 if "downsamplers" in name else 1
                 module.weight.zero_()
                 module.bias.zero_()
@@ -290,6 +292,7 @@ def _identity_vae(kind: Any, *, blocks: int, sample_size: int) -> Any:
             half.conv_in.bias[-2:] = torch.tensor([constant, -constant])
             half.conv_out.weight.zero_()
             half.conv_out.bias.zero_()
+            # Mean 0 and variance about 2 c^2 / width: this scale undoes GroupNorm's division.
             half.conv_norm_out.weight.fill_(constant * (2 / width) ** 0.5)
             half.conv_norm_out.bias.zero_()
             for i in range(3):
@@ -318,7 +321,7 @@ def clip_config(words: int) -> CLIPTextConfig:
 
 
 def clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
-    """Build a CLIP tokenizer that knows some words, in lower case."""
+    """Build a CLIP tokenizer with a token for each word, in lower case."""
     letters = sorted(set("".join(words).lower()))
     special = ["<|startoftext|>", "<|endoftext|>"]
     pieces = special + letters + [f"{letter}</w>" for letter in letters]
@@ -330,7 +333,7 @@ def clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
 
 
 def t5_tokenizer(words: Sequence[str]) -> T5TokenizerFast:
-    """Build a T5 tokenizer with a piece for each word."""
+    """Build a T5 tokenizer with a token for each word."""
     pieces = ["<pad>", "</s>", "<unk>", "▁", *(f"▁{word}" for word in words)]
     return T5TokenizerFast(vocab=[(piece, 0.0) for piece in pieces], extra_ids=0)
 

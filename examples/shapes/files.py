@@ -1,9 +1,9 @@
-"""Write the shapes world to disk, as a user holds a model and chains; then any trainer can read it.
+"""Write the shapes world to disk as a model and chains that any trainer can read.
 
     python -m mteditflow_examples.shapes.files runs/world --family kontext --seed 0
 
 ``model/`` is a pipeline in diffusers format, ``train.jsonl`` and ``held_out.jsonl`` are records of
-the library, and ``images/`` holds their reference pictures.
+the library, and ``images/`` has their reference pictures.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from .served import record_of
 from .vision import to_pil
 from .world import Chain, Split, draw, make_chains
 
-LINKED = 1.0  # turns go on with what earlier turns have edited, where they can
-COUNTS = (480, 512)  # chains for training, and held out
+LINKED = 1.0  # turns edit what earlier turns edited, where possible
+COUNTS = (480, 512)  # training chains, held-out chains
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 
 
@@ -46,19 +46,19 @@ def write_world(
 ) -> list[str]:
     """Write the trained editor and chains of both splits; equal arguments write equal files.
 
-    Each file and the folder ``model`` appear whole or not at all, and a list of chains after the
-    pictures that it names. What was there under these names is replaced, anything else is left.
+    Each file and the folder ``model`` are written atomically, and a file of chains after the
+    pictures in it. Existing files of these names are replaced; all others stay.
 
     Args:
-        output: The folder, made if need be.
-        family: Which editor; klein's pictures are enlarged, exactly, from 12 to 96 pixels a side.
-        seed: Of the chains.
-        counts: Chains for training, and held out.
+        output: Output folder, created if missing.
+        family: Editor to write; klein's pictures are enlarged from 12 to 96 pixels a side.
+        seed: Seed of the chains.
+        counts: Number of training chains, and of held-out chains.
         turns: Instructions in each chain.
-        linked: Probability that a turn goes on with what earlier turns have edited.
+        linked: Probability that a turn edits what earlier turns edited.
 
     Returns:
-        A line for each thing that was written.
+        One line of text per file or folder written.
     """
     output.mkdir(parents=True, exist_ok=True)
     said = [f"{write_model(load_editor(family.value), output / 'model')}: the tiny {family.value}"]
@@ -72,12 +72,16 @@ def write_world(
 
 
 def write_model(pipeline: Any, folder: Path) -> Path:
-    """Write a pipeline to a folder, which appears whole or not at all."""
+    """Write a pipeline to a folder atomically, in place of an existing one.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         try:
             pipeline.save_pretrained(part)
-        except SafetensorError as error:  # such as of a full disk
+        except SafetensorError as error:  # such as a full disk
             raise OSError(f"{folder}: {error}") from error
         shutil.rmtree(folder, ignore_errors=True)
         part.replace(folder)
@@ -87,7 +91,11 @@ def write_model(pipeline: Any, folder: Path) -> Path:
 
 
 def write_pictures(drawn: Iterable[tuple[Record, Image]], root: Path) -> list[Record]:
-    """Write reference pictures where their records, relative to ``root``, have them."""
+    """Write reference pictures to the paths in their records, relative to ``root``.
+
+    Returns:
+        The records, with ``root`` set.
+    """
     records = []
     (root / "images").mkdir(exist_ok=True)
     part = root / "images" / f".{os.getpid()}.part"
@@ -107,8 +115,8 @@ def _drawn(chains: Iterable[Chain], *, klein: bool) -> Iterator[tuple[Record, Im
 
 def main(
     output: Annotated[Path, typer.Argument(help="Folder to write to.")],
-    family: Annotated[Family, typer.Option(help="Which tiny editor.")] = Family.kontext,
-    seed: Annotated[int, typer.Option(help="Of the chains.")] = 0,
+    family: Annotated[Family, typer.Option(help="Tiny editor to write.")] = Family.kontext,
+    seed: Annotated[int, typer.Option(help="Seed of the chains.")] = 0,
     train_chains: Annotated[int, typer.Option(min=1, help="Chains to train on.")] = COUNTS[0],
     held_out: Annotated[int, typer.Option(min=1, help="Chains to evaluate on.")] = COUNTS[1],
     turns: Annotated[int, typer.Option(min=1, help="Instructions in each chain.")] = 3,
@@ -116,7 +124,7 @@ def main(
     """Write a tiny trained editor, chains and their reference pictures."""
     with refusing():
         require_folder("output", output)
-    logging.disable_progress_bar()  # of transformers, one for each of its parts
+    logging.disable_progress_bar()  # transformers has one per component
     counts = (train_chains, held_out)
     print(*write_world(output, family, seed=seed, counts=counts, turns=turns), sep="\n")
 

@@ -1,4 +1,4 @@
-"""Held-out chains edited by the untrained model or with an adapter, and scored exactly."""
+"""Edit held-out chains by the untrained model or with an adapter, and score them exactly."""
 
 from __future__ import annotations
 
@@ -31,20 +31,19 @@ def edit_held_out(
     size: int = IMAGE_SIZE,
     rows: Sequence[int] | None = None,
 ) -> tuple[list[Chain], list[list[Image]]]:
-    """Edit chains, each from noise of its own.
+    """Edit chains, each from its own noise.
 
     Args:
         model: Folder of a tiny Kontext.
-        chains: File of chains of any equal length.
-        seed: Of the noise; equal seeds make pairs.
-        adapter: Folder of a LoRA adapter; none: the untrained model.
+        chains: File of chains, all of one length.
+        seed: Seed of the noise; equal seeds make two evaluations paired.
+        adapter: Folder of a LoRA adapter; None: the untrained model.
         steps: Denoising steps of a turn.
         size: Height and width in pixels.
-        rows: Chains that are edited, by their place in the file; none: all of them. What is made
-            of one does not depend on the others.
+        rows: Rows of the file to edit; None: all. A chain's images do not depend on the others.
 
     Returns:
-        The chains, and the images of each: the reference, then one of each turn.
+        The chains, and the images of each: the reference, then one per turn.
     """
     side = {"height": size, "width": size, "max_sequence_length": TEXT_TOKENS}
     editor = Editor.load(model, call={**side, "num_inference_steps": steps})
@@ -75,10 +74,10 @@ def evaluate_held_out(
 
     Args:
         model: Folder of a tiny Kontext.
-        chains: File of chains of any equal length.
-        seed: Of the noise; equal seeds make pairs.
-        adapter: Folder of a LoRA adapter; none: the untrained model.
-        rounds: Of training that the adapter has behind it.
+        chains: File of chains, all of one length.
+        seed: Seed of the noise; equal seeds make two evaluations paired.
+        adapter: Folder of a LoRA adapter; None: the untrained model.
+        rounds: Training rounds of the adapter.
         steps: Denoising steps of a turn.
         size: Height and width in pixels.
         scorer: Class of exact rewards with a term "following" in 1..5.

@@ -2,11 +2,11 @@
 
     python -m examples.shapes.pretrain --family kontext --seed 0
 
-Stage 1 learns true edits. Stage 2, short, sees a share of corrupted targets (instruction ignored,
-another edit, collateral damage): the editor then holds a competent but mixed policy, as real
-editors do, which is what reinforcement learning has to sharpen. Both see true pictures only, never
-the editor's own: that is the exposure bias which chains of edits then reveal. Klein also sees
-edits without their instruction, for classifier-free guidance.
+Stage 1 trains on true edits. Stage 2, short, has a share of corrupted targets (instruction ignored,
+another edit, collateral damage), so the editor becomes a competent but mixed policy, like real
+editors, for reinforcement learning to sharpen. Source images in both are true pictures, never the
+editor's own; chains of edits reveal this exposure bias. Klein is also trained on edits without
+instruction, for classifier-free guidance.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ BUILD: dict[Family, tuple[Any, dict[str, Any]]] = {
     Family.kontext: (build_kontext, {}),
     Family.klein: (build_klein, {"num_single_layers": 3}),
 }
-SIGMA_SHIFT = 3.0  # noise levels are drawn high, where an instruction decides what will be
+SIGMA_SHIFT = 3.0  # favors high noise levels, where the content of an edit is decided
 
 
 def single_edits(chains: int, *, seed: int, corruption: float) -> tuple[Tensor, list[str]]:
-    """Return pictures as palette indices ``[M, 3, H, W]``, and M instructions.
+    """Return palette indices ``[M, 3, H, W]`` and M instructions.
 
-    The three are the source, the true target, and a target that is corrupted at times.
+    The three pictures are the source, the true target, and a target that is corrupted with
+    probability ``corruption``.
     """
     rng = random.Random(f"single edits {seed}")
     pictures, instructions = [], []
@@ -58,13 +59,13 @@ def single_edits(chains: int, *, seed: int, corruption: float) -> tuple[Tensor, 
 
 
 def without(instructions: list[str], share: float, *, seed: int) -> list[str]:
-    """Put the empty instruction in place of a share of them."""
+    """Replace a share of the instructions by the empty one."""
     rng = random.Random(f"without instruction {seed}")
     return ["" if rng.random() < share else instruction for instruction in instructions]
 
 
 def optimizers(transformer: nn.Module) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for everything else."""
+    """Return Muon for matrices inside the blocks, and AdamW for all other weights."""
     inside = [
         weight
         for name, weight in transformer.named_parameters()
@@ -92,19 +93,19 @@ def fit(
     encode: Callable[[Tensor], Tensor],
     parts: Sequence[torch.optim.Optimizer] | None = None,
 ) -> None:
-    """Train the conditioner's transformer in place; it ends as the average of its last weights.
+    """Train the conditioner's transformer in place; it ends with its averaged (EMA) weights.
 
     Args:
-        conditioner: Calls the transformer.
+        conditioner: Conditioner whose pipeline is trained.
         sources: Pictures before the edit, ``[M, ...]``.
-        targets: Pictures after it.
+        targets: Pictures after the edit, ``[M, ...]``.
         rows: The conditioner's row of each instruction, ``[M]``.
         rates: Learning rate of every step, relative to the peak.
         batch: Edits per step.
         averaging: Decay of the exponential moving average of the weights.
-        generator: Of edits, noise and noise levels.
-        name: What the progress bar says.
-        encode: Makes packed latents of pictures.
+        generator: Generator of edits, noise and noise levels.
+        name: Label of the progress bar.
+        encode: Function from pictures to packed latents.
         parts: Optimizers at their peak rates; default: Muon and AdamW on all weights.
     """
     transformer = conditioner.pipeline.transformer.train()
@@ -128,7 +129,7 @@ def fit(
         for part in parts:
             part.step()
             part.zero_grad(set_to_none=True)
-        decay = min(averaging, (step + 1) / (step + 10))
+        decay = min(averaging, (step + 1) / (step + 10))  # lower at first: forgets the random start
         update_old_policy(average.parameters(), transformer.parameters(), decay=decay)
         value = float(loss.detach())
         running = value if running is None else 0.99 * running + 0.01 * value
@@ -138,22 +139,26 @@ def fit(
 
 
 def main(
-    family: Annotated[Family, typer.Option(help="Which editor.")] = Family.kontext,
+    family: Annotated[Family, typer.Option(help="Editor to train.")] = Family.kontext,
     seed: Annotated[int, typer.Option(help="Seed of weights, data and noise.")] = 0,
     steps: Annotated[int, typer.Option(help="Steps of stage 1.")] = 3000,
     horizon: Annotated[int, typer.Option(help="Steps until its cosine schedule is at 0.")] = 5000,
     careless_steps: Annotated[int, typer.Option(help="Steps of stage 2.")] = 500,
-    corruption: Annotated[float, typer.Option(help="Share of corrupted targets there.")] = 0.25,
-    careless_rate: Annotated[float, typer.Option(help="Learning rate there, to the peak.")] = 0.4,
+    corruption: Annotated[float, typer.Option(help="Share of corrupted targets, stage 2.")] = 0.25,
+    careless_rate: Annotated[
+        float, typer.Option(help="Learning rate of stage 2, as a share of the peak.")
+    ] = 0.4,
     batch: Annotated[int, typer.Option(help="Edits per step.")] = 32,
-    chains: Annotated[int, typer.Option(help="Chains of three whose edits are the data.")] = 16_000,
+    chains: Annotated[int, typer.Option(help="Chains of three edits to train on.")] = 16_000,
     unprompted: Annotated[
-        float, typer.Option(help="Share of edits shown without instruction: for guidance.")
+        float, typer.Option(help="Share of edits without instruction, for guidance.")
     ] = 0.0,
-    start: Annotated[Path | None, typer.Option(help="Weights to skip stage 1 with.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where to; default: the repository's.")] = None,
+    start: Annotated[Path | None, typer.Option(help="Weights in place of stage 1.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Weights file to write; default: the repository's.")
+    ] = None,
 ) -> None:
-    """Pre-train a tiny editor and write its weights with a card beside them."""
+    """Pre-train a tiny editor and write its weights, with a card next to them."""
     started = time.monotonic()
     out = out or WEIGHTS / f"{family.value}.safetensors"
     builder, sizes = BUILD[family]
@@ -179,6 +184,7 @@ def main(
         "license": "Apache-2.0",
     }
     if start is None:
+        # Velocity 0 at the start: a random output layer would only be unlearned.
         for weight in pipeline.transformer.proj_out.parameters():
             nn.init.zeros_(weight)
         rates = [

@@ -1,8 +1,8 @@
-"""Exact rewards of the shapes world, from pixels and against the TRUE picture after every turn.
+"""Exact rewards of the shapes world: pixels compared with the TRUE picture after every turn.
 
-A judge that sees only two neighboring pictures can call a ruined chain obedient. Here picture n
-is compared with what n perfect edits would have made of the initial one, so a turn that works on
-the wreck of an earlier one fails, as it should.
+A judge that compares only neighboring pictures can approve a ruined chain. Here picture n is
+compared with the result of n perfect edits of the initial one, so a turn that builds on an earlier
+failure fails, too.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .world import COLORS, PALETTE, Chain, draw_index, thing_mask
 
-TOLERANCE = 0.25  # distance in RGB up to which a pixel counts as having a color
-LIKERT_STEPS = (0.3, 0.5, 0.7, 0.9)  # shares of the target that earn a score of 2, 3, 4, 5
-STRICT_TARGET, STRICT_REST = 0.95, 0.98  # a square in a circle's place must not pass
-ENOUGH = 0.9  # share of a colour's pixels that a lenient look asks for
+TOLERANCE = 0.25  # largest distance in RGB at which a pixel counts as a palette color
+LIKERT_STEPS = (0.3, 0.5, 0.7, 0.9)  # least shares of the target for scores 2, 3, 4, 5
+STRICT_TARGET, STRICT_REST = 0.95, 0.98  # a square in place of a circle must not pass
+ENOUGH = 0.9  # least share of a color's pixels for a lenient pass
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Truth:
     Attributes:
         pictures: Palette indices of the true pictures, int8 ``[B, N + 1, H, W]``.
         changed: Pixels that turn n changes.
-        target: Pixels that turn n is about: changed, or of the thing that it names.
-        kept: Pixels that no turn up to n was about.
+        target: Changed pixels, and those of the edited thing after turn n.
+        kept: Pixels outside all edits up to turn n, before and after each.
     """
 
     pictures: Tensor
@@ -40,7 +40,7 @@ class Truth:
 
     @classmethod
     def of(cls, chains: Sequence[Chain]) -> Truth:
-        """Draw the truth of chains of equal length."""
+        """Compute the truth of chains of equal length."""
         pictures = np.stack([[draw_index(state) for state in chain.states] for chain in chains])
         changed = pictures[:, 1:] != pictures[:, :-1]
         before, after = np.zeros_like(changed), np.zeros_like(changed)
@@ -48,7 +48,7 @@ class Truth:
             for n, edit in enumerate(chain.edits):
                 for mask, state in ((before, chain.states[n]), (after, chain.states[n + 1])):
                     for thing in state.things:
-                        if thing.shape in (edit.shape, edit.value):
+                        if thing.shape in (edit.shape, edit.value):  # value: the replacing shape
                             mask[b, n] |= thing_mask(thing)
         touched = np.logical_or.accumulate(changed | before | after, axis=1)
         arrays = (pictures, changed, changed | after, ~touched)
@@ -66,10 +66,10 @@ class Scores:
     Attributes:
         likert: Instruction following, 1..5 by the share of the target that is right.
         success: Whether the instruction was followed: the Likert score is 5.
-        consistency: Share of what must not change that has not, in [0, 1].
-        consecutive: Share of what the turn is not about that is as in the picture before, in
-            [0, 1], right or wrong: what one sees who looks at neighbors alone.
-        strict: Whether the whole picture is right: 95% of the target and 98% of everything else.
+        consistency: Share of right pixels among those outside all edits so far, in [0, 1].
+        consecutive: Share of pixels outside this edit that equal the previous picture, in [0, 1],
+            whether that was right or wrong.
+        strict: Whether the whole picture is right: 95% of the target and 98% of all other pixels.
     """
 
     likert: Tensor
@@ -83,18 +83,18 @@ def score(images: Tensor, truth: Truth) -> Scores:
     """Score B chains of N pictures at once.
 
     Args:
-        images: What an editor made at every turn, colors in [0, 1], ``[B, N, 3, H, W]``.
-        truth: What it should have made, for the same chains in the same order.
+        images: An editor's results, colors in [0, 1], ``[B, N, 3, H, W]``.
+        truth: Truth of the same chains in the same order.
 
     Returns:
-        The rewards; without gradient.
+        The rewards, without gradient.
 
     Raises:
         ValueError: If images and truth differ in shape.
     """
     expected = (*truth.changed.shape[:2], 3, *truth.changed.shape[2:])
     if images.shape != expected:
-        raise ValueError(f"images must have shape {tuple(expected)}, got {tuple(images.shape)}")
+        raise ValueError(f"images: expected shape {tuple(expected)}, got {tuple(images.shape)}")
     seen = read(images)
     right = seen == truth.pictures[:, 1:]
     before = torch.cat([truth.pictures[:, :1], seen[:, :-1]], dim=1)
@@ -109,11 +109,11 @@ def score(images: Tensor, truth: Truth) -> Scores:
 
 
 def score_neighbors(images: Tensor, truth: Truth) -> Scores:
-    """Score as a judge does who compares each picture with the one before it.
+    """Score like a judge that compares each picture with the previous one.
 
-    A pixel of the target passes if it is as the true picture has it, or if the turn does not change
-    it and it is as in the picture before. Consistency is that of the rest with the picture before.
-    So what an earlier turn spoiled costs nothing later, where the turn does not change it.
+    A pixel of the target passes if it equals the true picture, or if the turn does not change it
+    and it equals the previous picture. Consistency compares the other pixels with the previous
+    picture. So damage by an earlier turn costs nothing later, unless the turn edits those pixels.
 
     Args:
         images: As for :func:`score`.
@@ -127,22 +127,22 @@ def score_neighbors(images: Tensor, truth: Truth) -> Scores:
 
 
 def target_share(right: Tensor, truth: Truth) -> Tensor:
-    """Share of the target that is right, ``[B, N]``: of what changed, or of the thing if less."""
+    """Return the smaller share of right pixels, ``[B, N]``: among the changed, or in the target."""
     return torch.minimum(_share(right, truth.changed), _share(right, truth.target))
 
 
 def likert_of(right: Tensor, truth: Truth) -> Tensor:
-    """Score 1..5 of every turn, ``[B, N]``, by which pixels count as right, ``[B, N, H, W]``."""
+    """Return the score 1..5 of every turn, ``[B, N]``, given right pixels, ``[B, N, H, W]``."""
     target = target_share(right, truth)
     return 1 + sum((target >= step).long() for step in LIKERT_STEPS)
 
 
 def lenient_likert(images: Tensor, truth: Truth) -> Tensor:
-    """Score 1..5 of every turn, ``[B, N]``, as one sees it who does not look closely.
+    """Return the score 1..5 of every turn, ``[B, N]``, by a lenient judge.
 
-    A pixel passes if only its place is right, something or background, in any color; or only its
-    color, which need but occur often enough anywhere. So a thing in the wrong color passes, or
-    one that was not moved.
+    A pixel passes if its place is right (thing or background, in any color), or if its true color
+    occurs often enough anywhere in the picture. So a thing in a wrong color passes, and one that
+    was not moved.
 
     Args:
         images: As for :func:`score`.
@@ -156,7 +156,7 @@ def lenient_likert(images: Tensor, truth: Truth) -> Tensor:
 
 
 def read(images: Tensor) -> Tensor:
-    """Name every pixel's color: the nearest palette index, or -1 if none is near enough.
+    """Return every pixel's nearest palette index, or -1 if none is within ``TOLERANCE``.
 
     Args:
         images: Colors in [0, 1], ``[..., 3, H, W]``.
@@ -172,11 +172,11 @@ def read(images: Tensor) -> Tensor:
 
 
 def _counts(index: Tensor) -> Tensor:
-    """Pixels of each color of the palette, ``[B, N, H, W] -> [B, N, colors]``."""
+    """Count the pixels of each palette color, ``[B, N, H, W] -> [B, N, colors]``."""
     return torch.stack([(index == c).sum((-2, -1)) for c in range(len(PALETTE))], dim=-1)
 
 
 def _share(right: Tensor, where: Tensor) -> Tensor:
-    """Share of the pixels in ``where`` that are right; 1 where there are none to get wrong."""
+    """Return the share of right pixels in ``where``; 1 if it is empty."""
     total = where.sum(dim=(-2, -1))
     return torch.where(total > 0, (right & where).sum(dim=(-2, -1)) / total.clamp(min=1), 1.0)

@@ -1,8 +1,8 @@
-"""The rewards of the shapes world as scorers that a trainer takes by import path.
+"""Rewards of the shapes world as scorers, for ``--rewards.scorer``.
 
-Give ``mteditflow_examples.shapes.scoring:ExactRewards``; ``BoxedRewards``, whose regions are boxes,
-not exact masks; or a judge that errs: ``HastyJudge``, ``CarefulJudge``, ``NeighborRewards``,
-``ShortSightedJudge`` and ``GarishJudge``.
+``mteditflow_examples.shapes.scoring:ExactRewards`` is exact; ``BoxedRewards`` has boxes for regions
+in place of exact masks; ``HastyJudge``, ``CarefulJudge``, ``NeighborRewards``,
+``ShortSightedJudge`` and ``GarishJudge`` are judges with errors.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ TERMS = {
 
 
 class ExactRewards:
-    """Scores pictures against the TRUE states of their chain, which it reads back from the record.
+    """Scorer that compares pictures with the TRUE states of their chain, read from its record.
 
-    The terms, each from :func:`.rewards.score`: ``following`` in 1..5; in [0, 1] ``consistency``
-    with the original and ``consecutive`` with the picture before; and ``strict``, 1 where the
-    whole picture is right, else 0. Nothing is ever lost.
+    Terms, from :func:`.rewards.score`: ``following`` in 1..5; ``consistency`` with the original
+    and ``consecutive`` with the previous picture, in [0, 1]; and ``strict``, 1 if the whole
+    picture is right, else 0. No score is ever lost.
     """
 
     scale = LIKERT
@@ -48,7 +48,7 @@ class ExactRewards:
 
     @staticmethod
     def edited_pixels(record: Record, reference: Image.Image) -> Tensor:
-        """Return the pixels that turns so far are about, boolean [N, H, W]; see ``Scorer``."""
+        """Return the pixels of all edits up to each turn, boolean [N, H, W]; see ``Scorer``."""
         chain = chain_of(_world_pixels(reference), record.instructions)
         edited, side = ~Truth.of([chain]).kept[0], reference.width // IMAGE_SIZE
         return edited.repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
@@ -56,26 +56,26 @@ class ExactRewards:
     async def score(
         self, chains: Sequence[Record], images: Sequence[Sequence[Image.Image]]
     ) -> dict[str, TurnScores]:
-        """Score B chains, of which the first turns may be all that was edited.
+        """Score B chains; images may end before the last turn of a chain.
 
         Args:
             chains: Records of :func:`mteditflow_examples.shapes.served.record_of`.
-            images: For each the reference and what each turn made, squares whose side is a
-                multiple of 12 pixels; every block counts by its first pixel.
+            images: Reference and result of each turn, squares whose side is a multiple of 12
+                pixels; the first pixel of each block counts.
 
         Returns:
-            The terms, each ``[B, N]``, N for the longest; a shorter one is padded.
+            The terms, each ``[B, N]``, padded to the N turns of the longest chain.
 
         Raises:
-            ValueError: An image is of another size, or a reference or an instruction is not of
-                this world.
+            ValueError: An image has another size, or a reference or instruction is not from this
+                world.
         """
         pixels = [torch.stack([_world_pixels(image) for image in made]) for made in images]
         known = [self._chain(*pair) for pair in zip(chains, pixels, strict=True)]
         turns = torch.tensor([len(made) - 1 for made in pixels])
         exists = torch.arange(int(turns.max())) < turns[:, None]
         values: dict[str, Tensor] = {}
-        for count in turns.unique().tolist():  # at once, as the rewards take chains of equal length
+        for count in turns.unique().tolist():  # batches of equal length, as Truth needs them
             rows = (turns == count).nonzero().flatten()
             truth = Truth.of([Chain(known[b].initial, known[b].edits[:count]) for b in rows])
             edited = torch.stack([pixels[b][1:] for b in rows])
@@ -88,17 +88,17 @@ class ExactRewards:
     async def regions(
         self, chains: Sequence[Record], images: Sequence[Sequence[Image.Image]]
     ) -> dict[str, Tensor]:
-        """Return where each term is decided, for ``--rewards.regions``: exact masks.
+        """Return the region of each term, for ``--rewards.regions``: exact masks.
 
-        ``following`` is decided where a turn changes something, or on the thing that it names;
-        ``consistency`` on what no turn so far was about; ``consecutive`` on what this one was not.
+        ``following``: pixels that the turn changes, and those of the thing that it names;
+        ``consistency``: pixels outside all edits so far; ``consecutive``: outside this edit.
 
         Args:
             chains: As for :meth:`score`.
             images: As for :meth:`score`, all of one size.
 
         Returns:
-            By term the pixels, ``[B, N, H, W]``, 0 or 1; a padded turn has none.
+            Masks by term, float32 ``[B, N, H, W]``, 0 or 1; all 0 in padded turns.
         """
         side, turns = images[0][-1].size[0], max(map(len, images)) - 1
         shape = (len(chains), turns, side, side)
@@ -117,7 +117,7 @@ class ExactRewards:
         return {"following": target, "consistency": kept, "consecutive": ~target}
 
     def _look(self, names: Sequence[str], edited: Tensor, truth: Truth) -> dict[str, Tensor]:
-        """Score chains of equal length, by their names and what was made, uint8 ``[B, N, ...]``."""
+        """Score chains of equal length, given their ids and images, uint8 ``[B, N, 3, H, W]``."""
         scores = self._scores(edited / 255, truth)
         return {term: getattr(scores, name).float() for term, name in TERMS.items()}
 
@@ -132,18 +132,18 @@ class ExactRewards:
 
 
 class NeighborRewards(ExactRewards):
-    """Scores each picture beside the one before it, blind to what earlier turns have done."""
+    """Scorer that compares each picture with the previous one only, not with the true states."""
 
     def _scores(self, images: Tensor, truth: Truth) -> Scores:
         return score_neighbors(images, truth)
 
 
 class ShortSightedJudge(ExactRewards):
-    """Judge that looks closely at the last picture alone.
+    """Judge that is exact only for the last picture.
 
-    ``following`` of the turns before is that of :func:`.rewards.lenient_likert`, which passes a
-    thing of a wrong color or in a wrong place. What such a turn does to later ones that go on with
-    the thing shows in their scores, not in its own.
+    ``following`` of earlier turns comes from :func:`.rewards.lenient_likert`, which passes a thing
+    of a wrong color or in a wrong place. The damage to later turns that edit the same thing shows
+    in their scores, not in that turn's own.
     """
 
     def _look(self, names: Sequence[str], edited: Tensor, truth: Truth) -> dict[str, Tensor]:
@@ -154,7 +154,7 @@ class ShortSightedJudge(ExactRewards):
 
 
 class BoxedRewards(ExactRewards):
-    """Exact rewards whose regions are boxes, as a detector finds things: one in each cell."""
+    """Exact rewards with boxes for regions, like those of a detector: one in each cell."""
 
     def _masks(self, target: Tensor, kept: Tensor) -> dict[str, Tensor]:
         inside, touched = boxed(target, cell=CELL), boxed(~kept, cell=CELL)
@@ -168,7 +168,7 @@ def boxed(mask: Tensor, *, cell: int) -> Tensor:
     rows, columns = cells.any(dim=-1, keepdim=True), cells.any(dim=-3, keepdim=True)
 
     def between(holds: Tensor, dim: int) -> Tensor:
-        """Return the places from the first true one to the last one."""
+        """Return True from the first to the last true entry along a dimension."""
         before = holds.int().cumsum(dim) > 0
         return before & (holds.flip(dim).int().cumsum(dim).flip(dim) > 0)
 
@@ -178,16 +178,17 @@ def boxed(mask: Tensor, *, cell: int) -> Tensor:
 def erring_score(
     turn: str, picture: Tensor, exact: float, lenient: float, *, leniency: float, spread: float
 ) -> int:
-    """Return a score 1..5 with a bias and with noise, the same whenever a picture is shown.
+    """Return a score 1..5 with bias and noise, a deterministic function of turn and picture.
 
     Args:
-        turn: Names chain and turn.
-        picture: What is judged, uint8 of any shape.
+        turn: Identifier of chain and turn.
+        picture: Judged picture, uint8 of any shape.
         exact: True score.
-        lenient: Score of a lenient look.
-        leniency: Probability of a lenient look.
+        lenient: Lenient score.
+        leniency: Probability of the lenient score.
         spread: Standard deviation of the noise, in points.
     """
+    # Seeded by content, so that a repeated request gets the same score, like a cached answer.
     rng = random.Random(
         hashlib.sha256(turn.encode() + picture.contiguous().numpy().tobytes()).digest()
     )
@@ -196,15 +197,15 @@ def erring_score(
 
 
 class ErringJudge(ExactRewards):
-    """Exact rewards but for ``following``, which is judged with a bias and with noise.
+    """Exact rewards except ``following``, which has bias and noise.
 
-    The bias is not a constant, which would vanish among the members of a group: now and then the
-    judge passes what :func:`.rewards.lenient_likert` does. Then Gaussian noise is added, and
-    the sum is rounded and kept within 1..5. All that is drawn follows from the chain, the turn and
-    the picture: the same is judged alike whenever it is shown.
+    A constant bias would cancel within a group. So the judge gives some turns, at random, the score
+    of :func:`.rewards.lenient_likert`. Gaussian noise is added, and the sum is rounded and clamped
+    to 1..5. All random numbers depend only on chain, turn and picture, so equal pictures always
+    get equal scores.
 
     Attributes:
-        leniency: Probability of a lenient look at a turn.
+        leniency: Probability of a lenient score.
         spread: Standard deviation of the noise, in points.
     """
 
@@ -223,22 +224,22 @@ class ErringJudge(ExactRewards):
 
 
 class HastyJudge(ErringJudge):
-    """Much bias and little variance: a judge that answers without thinking."""
+    """Much bias and little variance, like a judge that answers without thinking."""
 
     leniency, spread = 0.9, 0.25
 
 
 class CarefulJudge(ErringJudge):
-    """Little bias and much variance: a judge whose thoughts wander."""
+    """Little bias and much variance, like a judge with inconsistent reasoning."""
 
     leniency, spread = 0.1, 1.0
 
 
 class GarishJudge(ExactRewards):
-    """A judge that takes garish colors for success, to be hacked on purpose.
+    """Judge that rewards garish colors, as a planted reward hack.
 
-    ``following`` is a quarter of the exact score, and points without end for each unit of
-    saturation above that of the true picture; ``honest`` is the exact score. See
+    ``following`` is a quarter of the exact score plus ``pull`` points for each unit of saturation
+    above that of the true picture; ``honest`` is the exact score. See
     ``mteditflow_examples.planted_hack``.
 
     Attributes:
@@ -256,7 +257,11 @@ class GarishJudge(ExactRewards):
 
 
 def _world_pixels(image: Image.Image) -> Tensor:
-    """uint8 ``[3, 12, 12]``."""
+    """Return the pixels of an image in the world's resolution, uint8 ``[3, 12, 12]``.
+
+    Raises:
+        ValueError: The image is no square, or its side is no multiple of 12 pixels.
+    """
     width, height = image.size
     if width != height or width % IMAGE_SIZE:
         expected = f"squares whose side is a multiple of {IMAGE_SIZE} pixels"

@@ -1,13 +1,13 @@
-"""The shapes world through real reward services, over HTTP on the loopback.
+"""The shapes world behind real reward services, over HTTP on the loopback.
 
-A scripted judge takes the place of a vision-language model: it gets the same requests, and answers
-from exact rewards what it reads in them, except for a share of answers that it spoils. Content
-consistency is scored by the server of the library, with a detector that sees by rule.
+A scripted judge replaces the vision-language model: it gets the same requests, and answers from the
+exact rewards of the images in them, except for a share of spoiled answers. Content consistency is
+scored by the server of the library, with a rule-based detector.
 
     python -m mteditflow_examples.shapes.served judge --lost-answers 0.1
     python -m mteditflow_examples.shapes.served consistency
 
-The trainer takes both as it takes real ones: see ``examples/lost_rewards.py``.
+The trainer uses them like any other services: see ``examples/lost_rewards.py``.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Service(str, Enum):
 
 
 def record_of(chain: Chain) -> Record:
-    """Write a chain as the library's record; ``files`` draws the image that it names."""
+    """Return a chain as the library's record; ``files`` writes the image of its path."""
     name = hashlib.sha256(repr(chain).encode()).hexdigest()[:16]
     names = [[f"{t.color} {t.shape}" for t in state.things] for state in chain.states]
     first, after = chain.initial, chain.states[1:]
@@ -84,46 +84,47 @@ def record_of(chain: Chain) -> Record:
 
 
 def _kept(before: State, after: Sequence[State]) -> tuple[str, ...]:
-    """Names of the things that stand as they were in all states after."""
+    """Return the names of things that stay unchanged in all later states."""
     kept = [t for t in before.things if all(t in state.things for state in after)]
     return tuple(f"{t.color} {t.shape}" for t in kept)
 
 
 def chain_of(reference: Tensor, instructions: Sequence[str]) -> Chain:
-    """Read a chain back from its reference picture, uint8 ``[3, H, W]``, and its instructions.
+    """Return the chain of a reference picture, uint8 ``[3, H, W]``, and instructions.
 
     Raises:
-        ValueError: If the picture is of no state, or an instruction makes no sense.
+        ValueError: If the picture shows no state, or an instruction is not possible.
     """
     state = initial = read_state(to_index(reference))
     edits = []
     for instruction in instructions:
         matching = [e for e in possible_edits(state) if e.instruction == instruction]
         if not matching:
-            raise ValueError(f"'{instruction}' makes no sense in {state}")
+            raise ValueError(f"instructions: expected one possible in {state}, got {instruction!r}")
         edits.append(matching[0])
         state = matching[0].apply(state)
     return Chain(initial, tuple(edits))
 
 
 def judge_app(*, lost_answers: float, invent: bool = False) -> FastAPI:
-    """Build a judge behind an OpenAI-compatible endpoint that knows the truth of the world.
+    """Build an OpenAI-compatible endpoint of a judge that answers from the exact rewards.
 
-    It takes requests about whole chains, without thinking, in JSON.
+    It accepts requests about whole chains, without thinking, in JSON.
 
     Args:
-        lost_answers: Share of requests whose answer is spoilt, however often they are sent: which
-            ones, and how, follows from the content of the request.
-        invent: Instead of spoiling an answer give every turn the middle of the Likert scale, which
-            is what trainers see who put it in place of a lost one.
+        lost_answers: Share of requests with a spoiled answer. The content of a request decides
+            whether and how, so a retry gets the same answer.
+        invent: In place of a spoiled answer, give every turn the middle of the Likert scale. This
+            simulates trainers that replace lost answers by a default.
     """
     app = FastAPI(title="A scripted judge for the shapes world")
 
     @app.post("/v1/chat/completions")
     def complete(body: dict[str, Any]) -> dict[str, Any]:
         content = body["messages"][-1]["content"]
-        if "response_format" not in body:  # of a client that asks whether there is a judge
+        if "response_format" not in body:  # a client's check that the judge is reachable
             return _completion("stop", "ok")
+        # A uniform 64-bit number from the content: equal requests are lost or answered alike.
         fate = int.from_bytes(hashlib.sha256(json.dumps(content).encode()).digest()[:8], "big")
         lost = fate / 2**64 < lost_answers
         if lost and not invent:
@@ -138,7 +139,7 @@ def judge_app(*, lost_answers: float, invent: bool = False) -> FastAPI:
 
 
 def judge(content: Sequence[dict[str, Any]]) -> list[int]:
-    """Score every turn, 1..5, of a request that shows the reference and what each turn made."""
+    """Score every turn, 1..5, of a request with the reference and the result of each turn."""
     text = "\n".join(part["text"] for part in content if part["type"] == "text")
     urls = [part["image_url"]["url"] for part in content if part["type"] == "image_url"]
     pngs = [base64.b64decode(url.partition(",")[2], validate=True) for url in urls]
@@ -161,13 +162,17 @@ def _completion(finish_reason: str, answer: str) -> dict[str, Any]:
 
 @contextmanager
 def service(*arguments: str) -> Iterator[str]:
-    """Run this module's ``main`` in a process of its own; give the URL that it serves."""
+    """Run this module's ``main`` in its own process; yield the URL that it serves.
+
+    Raises:
+        RuntimeError: The service did not start.
+    """
     command = [sys.executable, "-m", "mteditflow_examples.shapes.served", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     options: dict[str, Any] = {"cwd": Path(__file__).parents[1], "stdout": subprocess.PIPE}
     with subprocess.Popen(command, env=environment, text=True, **options) as process:
         try:
-            line = process.stdout.readline()
+            line = process.stdout.readline()  # blocks until the service listens
             if not line.startswith("http://"):
                 raise RuntimeError(f"the {arguments[0]} did not start; see above")
             yield line.strip()
@@ -176,11 +181,13 @@ def service(*arguments: str) -> Iterator[str]:
 
 
 def main(
-    what: Annotated[Service, typer.Argument(help="What to serve.")],
-    lost_answers: Annotated[float, typer.Option(min=0, max=1, help="Share to spoil.")] = 0.0,
-    invent: Annotated[bool, typer.Option(help="Give these 3 of 5 instead.")] = False,
+    what: Annotated[Service, typer.Argument(help="Service to run.")],
+    lost_answers: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of answers to spoil.")
+    ] = 0.0,
+    invent: Annotated[bool, typer.Option(help="Score 3 of 5 in place of spoiled answers.")] = False,
 ) -> None:
-    """Serve on a free port of the loopback, whose URL is written first."""
+    """Serve on a free port of the loopback; the first line of output is the URL."""
     if what is Service.judge:
         served = judge_app(lost_answers=lost_answers, invent=invent)
     else:

@@ -1,7 +1,7 @@
-"""Seeing by rule: find the things of a picture, and read a clean picture back into its state.
+"""Rule-based vision: find the things in a picture, and recover the state of a clean picture.
 
-The inverse of drawing. A scripted judge reads the reference picture with it, and content
-consistency finds objects with it in place of a neural detector.
+The inverse of drawing. The scripted judge reads reference pictures with it, and content consistency
+uses it in place of a neural detector.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from .world import (
     thing_mask,
 )
 
-EXTENT = 5  # pixels that a thing takes of its cell, each way
-ALIKE = 0.9  # share of these pixels that must be as drawn for a thing to be found
+EXTENT = 5  # side of a thing within its cell, pixels
+ALIKE = 0.9  # least share of these pixels that must match a drawing for a detection
 
 
 def to_index(image: Tensor) -> np.ndarray:
-    """Name the colors of an image of any size: palette indices, int8 ``[12, 12]``, -1 for none.
+    """Return the palette indices of an image of any size, int8 ``[12, 12]``; -1 for none.
 
     Args:
         image: uint8 ``[3, H, W]``.
     """
-    middle = torch.arange(IMAGE_SIZE) + 0.5  # of every block
+    middle = torch.arange(IMAGE_SIZE) + 0.5  # the center pixel of every block is read
     rows, columns = ((middle * side / IMAGE_SIZE).long() for side in image.shape[1:])
     return read(image[:, rows][:, :, columns] / 255).numpy()
 
@@ -55,14 +55,14 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def find_things(index: np.ndarray, names: Sequence[str] | None = None) -> list[Thing]:
-    """Find what stands in each cell of a picture, also of a spoilt one.
+    """Find the thing in each cell of a picture, even of a damaged one.
 
     Args:
         index: Palette indices, int8 ``[H, W]``.
-        names: What to look for, such as ``"red circle"``; None looks for everything.
+        names: Names to look for, such as ``"red circle"``; None: all.
 
     Returns:
-        One thing per cell in which something is found, in reading order of the cells.
+        At most one thing per cell, in reading order of the cells.
     """
     wanted = {f"{color} {shape}" for color in COLORS for shape in SHAPES}
     wanted &= set(wanted if names is None else names)
@@ -94,10 +94,10 @@ def _stencils(color: str, cell: int) -> list[tuple[Thing, np.ndarray]]:
 
 
 def read_state(index: np.ndarray) -> State:
-    """Return the state that draws exactly this picture.
+    """Return the state whose drawing equals this picture exactly.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such state.
     """
     cells: dict[tuple[str, str, str], list[int]] = {}
     for thing in find_things(index):
@@ -112,7 +112,7 @@ def read_state(index: np.ndarray) -> State:
 
 
 class RuleDetector:
-    """Finds things by name, ``"red circle"``: a ``Detector`` and ``ScoredDetector`` of rewards."""
+    """Rule-based ``Detector`` and ``ScoredDetector`` for names such as ``"red circle"``."""
 
     def __call__(self, images: Sequence[Tensor], names: Sequence[Sequence[str]]) -> list[Tensor]:
         """Return the boxes of the things found in each picture, uint8 ``[3, H, W]`` of any size."""
@@ -124,13 +124,13 @@ class RuleDetector:
     def detect(
         self, images: Sequence[Tensor], names: Sequence[Sequence[str]], *, threshold: float
     ) -> list[tuple[Tensor, Tensor]]:
-        """Return the same boxes with their scores, all 1: a rule is sure."""
+        """Return the same boxes with scores, all 1; ``threshold`` has no effect."""
         found = self(images, names)
         return [(boxes, torch.ones(len(boxes), dtype=torch.float32)) for boxes in found]
 
 
 def _boxes(image: Tensor, things: Sequence[Thing]) -> Tensor:
-    """Absolute (x1, y1, x2, y2), float32 ``[K, 4]``."""
+    """Return boxes (x1, y1, x2, y2) in pixels of the image, float32 ``[K, 4]``."""
     scale = torch.tensor(image.shape[1:]).flip(0) / IMAGE_SIZE
     corners = [divmod(thing.cells[0], 2) for thing in things]
     boxes = [

@@ -1,13 +1,13 @@
-"""The shapes world: pictures drawn by rule, edits by rule, and chains of edits that make sense.
+"""The shapes world: procedural images, rule-based edits, and chains of valid edits.
 
 A picture has 12 x 12 pixels: a background and, in the four 6 x 6 cells of a grid, things of four
 shapes, six colors and three materials. No shape and no color occurs twice in a picture, so that
 "the red circle" is never ambiguous; its count may be two, and then both look alike and are edited
 together.
 
-Eight of the nine usual types of edit exist; there is no text to change. Every picture belongs
-to one of two splits by a hash of its content, and a chain stays in one split with every picture
-it passes through. So held-out chains share no picture, and no chain, with training data.
+Eight of the nine usual types of edit exist; there is no text to change. A hash of its content
+assigns every picture to one of two splits, and all pictures of a chain are in one split. So
+held-out chains share no picture, and no chain, with training data.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ _DRAWINGS = {
 
 @dataclass(frozen=True)
 class Thing:
-    """Content of one cell, or of two equal ones: a shape with its color and material."""
+    """Content of one cell, or of two cells with equal content: shape, color and material."""
 
     shape: str
     color: str
@@ -104,19 +104,20 @@ class State:
 
     @property
     def free_cells(self) -> tuple[int, ...]:
-        """The empty cells in reading order."""
+        """Empty cells in reading order."""
         taken = {cell for thing in self.things for cell in thing.cells}
         return tuple(cell for cell in range(len(CELLS)) if cell not in taken)
 
     @property
     def split(self) -> Split:
-        """The split this picture belongs to: one picture in four is held out."""
+        """Split of this picture; one picture in four is held out."""
+        # One byte of the hash: 64 of its 256 values are a quarter.
         return "held_out" if hashlib.sha256(repr(self).encode()).digest()[0] < 64 else "train"
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One instruction: what to do (a task type), to which shape, and the new value.
+    """One instruction: task type, edited shape, and new value.
 
     Attributes:
         task_type: One of TASK_TYPES.
@@ -132,7 +133,7 @@ class Edit:
 
     @property
     def instruction(self) -> str:
-        """The instruction in plain words; at most eight, all from WORDS."""
+        """Instruction text; at most eight words, all from WORDS."""
         name = f"{self.color} {self.shape}"
         return {
             "subject_add": f"Add a {name} at {self.value}",
@@ -146,13 +147,13 @@ class Edit:
         }[self.task_type]
 
     def apply(self, state: State) -> State:
-        """Return the state that a perfect editor would make of ``state``.
+        """Return the state after a perfect edit of ``state``.
 
         Raises:
-            ValueError: If the edit makes no sense in ``state``.
+            ValueError: If the edit is not possible in ``state``.
         """
         if self not in possible_edits(state):
-            raise ValueError(f"'{self.instruction}' makes no sense in {state}")
+            raise ValueError(f"edit: expected one possible in {state}, got {self.instruction!r}")
         if self.task_type == "background_change":
             return replace(state, background=self.value)
         others = [thing for thing in state.things if thing.shape != self.shape]
@@ -179,10 +180,10 @@ class Edit:
 
 @lru_cache(maxsize=4096)
 def possible_edits(state: State) -> frozenset[Edit]:
-    """Return every edit that makes sense in ``state`` and changes its picture.
+    """Return every valid edit of ``state`` that changes its picture.
 
-    A removal must leave something; new shapes and colors must be absent; moving needs a free cell
-    and a count of one.
+    A removal must leave at least one thing; new shapes and colors must be absent; moving needs a
+    free cell and a count of one.
     """
     shapes = [shape for shape in SHAPES if state.find(shape) is None]
     colors = [color for color in COLORS if color not in {thing.color for thing in state.things}]
@@ -217,14 +218,14 @@ def possible_edits(state: State) -> frozenset[Edit]:
 
 @dataclass(frozen=True)
 class Chain:
-    """A picture and instructions for it, each of which makes sense after those before it."""
+    """An initial picture and edits, each valid after those before it."""
 
     initial: State
     edits: tuple[Edit, ...]
 
     @cached_property
     def states(self) -> tuple[State, ...]:
-        """The N + 1 true states: the initial one and that after each turn."""
+        """True states, N + 1: the initial one, then one after each turn."""
         states = [self.initial]
         for edit in self.edits:
             states.append(edit.apply(states[-1]))
@@ -232,17 +233,17 @@ class Chain:
 
     @property
     def instructions(self) -> list[str]:
-        """The N instructions."""
+        """Instructions, N."""
         return [edit.instruction for edit in self.edits]
 
     @property
     def task_types(self) -> list[str]:
-        """The N task types, in the names that editing benchmarks use."""
+        """Task types, N, by the names that editing benchmarks use."""
         return [edit.task_type for edit in self.edits]
 
 
 def random_state(rng: random.Random) -> State:
-    """Draw a picture of two or three things, one of which may come twice."""
+    """Draw a random picture of two or three things; one of them may be doubled."""
     shapes = rng.sample(SHAPES, rng.choice((2, 3)))
     cells = rng.sample(range(len(CELLS)), len(CELLS))
     things = []
@@ -256,30 +257,33 @@ def random_state(rng: random.Random) -> State:
 
 
 def random_chain(rng: random.Random, turns: int, split: Split, *, linked: float = 0.0) -> Chain:
-    """Draw a chain of ``turns`` edits all of whose pictures belong to ``split``.
+    """Draw a chain of ``turns`` edits whose pictures all belong to ``split``.
 
     Task types do not repeat while that is possible. One thing of the initial picture, the
-    witness, is never edited, so that there is always something that must not change.
+    witness, is never edited, so every chain has something to keep.
 
     Args:
-        rng: Where randomness comes from.
-        turns: Instructions N, at least 1.
+        rng: Source of randomness.
+        turns: Number of instructions N, at least 1.
         split: ``"train"`` or ``"held_out"``.
-        linked: Probability that a turn goes on with what an earlier turn has edited, where its
-            type of edit can; 0 leaves that to chance.
+        linked: Probability that a turn edits a thing that an earlier turn edited, if its task type
+            allows; 0 leaves that to chance.
 
     Returns:
         The chain; equal generators give equal chains.
+
+    Raises:
+        ValueError: If ``turns`` is below 1.
     """
     if turns < 1:
-        raise ValueError(f"turns must be at least 1, got {turns}")
+        raise ValueError(f"turns: expected at least 1, got {turns}")
     while True:
         state = initial = random_state(rng)
         witness = rng.choice(initial.things).shape
         edits: list[Edit] = []
         edited: set[str] = set()
         while state.split == split and len(edits) < turns:
-            used = {edit.task_type for edit in edits[-len(TASK_TYPES) + 1 :]}
+            used = {edit.task_type for edit in edits[-len(TASK_TYPES) + 1 :]}  # the last seven
             touched = edited if linked and rng.random() < linked else set()
             edit = _random_edit(rng, state, witness, used, touched, split)
             if edit is None:
@@ -297,8 +301,8 @@ def make_chains(
     """Draw ``count`` different chains; equal arguments give equal chains.
 
     Args:
-        count: How many.
-        turns: Instructions N in each.
+        count: Number of chains.
+        turns: Number of instructions N in each.
         seed: Any integer.
         split: ``"train"`` or ``"held_out"``.
         linked: See :func:`random_chain`.
@@ -314,10 +318,10 @@ def make_chains(
 
 
 def corrupt(rng: random.Random, state: State, edit: Edit) -> State:
-    """Return what a careless editor of the training split might make of ``state``.
+    """Return a careless editor's result for ``state``, within the training split.
 
-    One time in three the instruction is ignored; else another edit of the same type is made in
-    its place, or a second edit is made beside it.
+    With equal probabilities: the instruction is ignored, another edit of the same type replaces
+    it, or a second edit is made in addition. Without a possible other edit it is ignored, too.
     """
     kind = rng.choice(("ignored", "other", "collateral"))
     wanted = edit.apply(state)
@@ -335,7 +339,7 @@ def corrupt(rng: random.Random, state: State, edit: Edit) -> State:
 
 
 def draw_index(state: State) -> np.ndarray:
-    """Draw a picture as palette indices, int8 ``[H, W]``."""
+    """Render a picture as palette indices, int8 ``[H, W]``."""
     picture = np.full((IMAGE_SIZE, IMAGE_SIZE), _INDEX[state.background], dtype=np.int8)
     for thing in state.things:
         picture[thing_mask(thing)] = _INDEX[thing.color]
@@ -343,7 +347,7 @@ def draw_index(state: State) -> np.ndarray:
 
 
 def draw(state: State) -> torch.Tensor:
-    """Draw a picture as colors in [0, 1], float32 ``[3, H, W]``."""
+    """Render a picture as colors in [0, 1], float32 ``[3, H, W]``."""
     return paint(torch.from_numpy(draw_index(state)))
 
 
@@ -365,7 +369,7 @@ def thing_mask(thing: Thing) -> np.ndarray:
     for cell in thing.cells:
         top, left = CELL * (cell // 2), CELL * (cell % 2)
         mask[top : top + len(stencil), left : left + len(stencil)] = stencil
-    mask.flags.writeable = False
+    mask.flags.writeable = False  # the cache hands the same array to every caller
     return mask
 
 
@@ -381,8 +385,12 @@ def _random_edit(
     touched: set[str],
     split: Split,
 ) -> Edit | None:
-    """Draw a task type that is not used, then an edit of it, of what is touched if it can be."""
+    """Draw an edit whose result is in ``split``; None if there is none.
+
+    Unused task types come first, and within a type edits of touched shapes.
+    """
     by_type: dict[str, list[Edit]] = {}
+    # Sorted, since the order of a set of strings changes with Python's hash seed.
     for edit in sorted(possible_edits(state), key=repr):
         if edit.shape != witness:
             by_type.setdefault(edit.task_type, []).append(edit)

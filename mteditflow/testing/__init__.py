@@ -1,9 +1,9 @@
 """Laws and hypothesis strategies for property tests of flow-RL mathematics.
 
-Each law takes your function, searches for the smallest case that breaks it, and says why it
-matters. Three ways in: ``check_group_advantage(fn)`` and its kin, the pytest plugin
-``mteditflow.testing.plugin``, and ``mteditflow check advantage mypackage.module:fn``. Needs
-``mteditflow[testing]``.
+Each law takes your function and searches for the smallest case that breaks it; the message has the
+case and why the law matters. Three entry points: ``check_group_advantage(fn)`` and the other check
+functions, the pytest plugin ``mteditflow.testing.plugin``, and the command
+``mteditflow check advantage mypackage.module:fn``. Needs ``mteditflow[testing]``.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""``mteditflow check``: the laws of a function, as a table with the smallest failing cases."""
+"""``mteditflow check``: check the laws of a function; print a table and smallest failing cases."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from mteditflow.testing.law import EXAMPLES, SEARCH, Laws, Result, report
 from mteditflow.testing.signatures import SIGNATURES
 
 HELP = {
-    "signature": f"how it is called: {', '.join(SIGNATURES)}, or an adapter as module:name",
-    "std": "what it divides by: group, batch, none",
+    "signature": f"calling convention: {', '.join(SIGNATURES)}, or an adapter as module:name",
+    "std": "divisor of advantages, a std: group, batch, none",
     "ddof": "0: std of the population; 1: std of the sample",
-    "eps": "bound of what your function adds to a std; it is not passed",
-    "min_members": "smallest group that it accepts",
+    "eps": "upper bound of the constant that the function adds to a std; it is not passed",
+    "min_members": "smallest group that the function accepts",
     "detaches": "it detaches constants or rewards itself",
-    "float32": "half-precision inputs give the result of float32; a loss or density in float32",
-    "deterministic": "it is given rows of std 0",
+    "float32": "half-precision inputs give the float32 result; losses and densities in float32",
+    "deterministic": "the function is called with rows of std 0, too",
     "zero": "largest absolute advantage that counts as 0 in a group of equal rewards",
     "tolerance": "relative difference that counts as rounding",
-    "values": "the scores that it takes, two or more",
+    "values": "scores that the function accepts, two or more",
     "any_order": "the order of turns does not matter",
     "reads": "turns that a turn's credit depends on: later, earlier",
     "linear": "the credit of a sum of rewards is the sum of their credits",
-    "level": "what is normalized: advantage: each reward; reward: their weighted sum",
+    "level": "normalized quantity; advantage: each reward; reward: their weighted sum",
     "inputs": "argument=role for each: latent, number, share, sigma, positive, log-ratio",
     "trained": "arguments that get a gradient",
     "reduction": "losses: none or mean over rows; densities: mean or sum over elements",
-    "valid": "name of the mask argument; none where there is none",
-    "clip_low": "how far the ratio may fall below 1; none: nothing is clipped",
-    "clip_high": "how far the ratio may rise above 1; none: nothing is clipped",
-    "noise_level": "noise level at which it is checked",
-    "marginals": "it keeps the marginals of the ODE as steps become small",
+    "valid": "name of the mask argument; none: there is no mask",
+    "clip_low": "largest decrease of the ratio below 1; none: no clipping",
+    "clip_high": "largest increase of the ratio above 1; none: no clipping",
+    "noise_level": "noise level of the checked steps",
+    "marginals": "the solver keeps the marginals of the ODE as steps become small",
 }
 
 
@@ -49,13 +49,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Args:
-        arguments: words after ``mteditflow check``; ``None`` takes those of the process.
+        arguments: arguments after ``mteditflow check``; ``None``: those of the process.
 
     Returns:
-        0 where every law holds, 1 where one is broken.
+        0 if every law holds, 1 if one is broken, 130 if interrupted.
 
     Raises:
-        SystemExit: with 2 and one line for bad usage, with 0 for ``--help``.
+        SystemExit: code 2 and one line for bad usage, code 0 after ``--help``.
     """
     options = vars(_parser().parse_args(arguments))
     laws: Laws[Any] = KINDS[options.pop("kind")]
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _table(laws: Laws[Any], results: Any, examples: int) -> int:
-    """Print one line per law as it is checked, then the broken ones in full."""
+    """Print one line per law as soon as it is checked, then the broken ones in full."""
     width = max(len(law.name) for law in laws)
     done: list[Result] = []
     for result in results:
@@ -112,7 +112,7 @@ def _parser() -> _Parser:
         words = f"{len(laws)} laws of {laws.called}"
         sub = kinds.add_parser(name, help=words, description=words, allow_abbrev=False)
         sub.add_argument("function", metavar="MODULE:FUNCTION")
-        for option in fields(laws.subject)[1:]:
+        for option in fields(laws.subject)[1:]:  # the first field is the function
             sub.add_argument(f"--{option.name.replace('_', '-')}", **_argument(option))
         sub.add_argument("--examples", type=int, default=EXAMPLES, help="cases for each law (200)")
         sub.add_argument("--seed", type=int, default=0, help="another seed draws other cases (0)")
@@ -124,7 +124,7 @@ def _parser() -> _Parser:
 
 
 def _argument(option: Field[Any]) -> dict[str, Any]:
-    """Return what argparse needs for an option of a subject."""
+    """Return the keyword arguments of ``add_argument`` for an option of a subject."""
     text = HELP[option.name]
     default = option.default
     if option.name == "inputs":
@@ -174,12 +174,16 @@ def _optional(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     def value(text: str) -> Any:
         return None if text.lower() == "none" else kind(text)
 
-    value.__name__ = kind.__name__  # argparse names it in its message
+    value.__name__ = kind.__name__  # argparse's error message has the type's name
     return value
 
 
 def _load(option: str, target: str) -> Any:
-    """Import ``module:name``; the working directory comes first, as for ``python -m``."""
+    """Import ``module:name``; the working directory comes first, as in ``python -m``.
+
+    Raises:
+        ValueError: the target is malformed, cannot be imported, or does not exist.
+    """
     module, _, name = target.partition(":")
     if not module or not name or "/" in module or module.endswith(".py"):
         path = module.removeprefix("./").removesuffix(".py").replace("/", ".")

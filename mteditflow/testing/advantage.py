@@ -1,6 +1,6 @@
 """Laws of group-relative advantages.
 
-Source: MT-EditFlow (arXiv 2606.01985), Eq. 3, and what implementations in the field get wrong.
+Source: MT-EditFlow (arXiv 2606.01985), Eq. 3, and common errors of implementations.
 """
 
 from __future__ import annotations
@@ -52,15 +52,16 @@ class GroupAdvantage(Subject):
 
     Attributes:
         function: function under test, from rewards [B] in groups to advantages [B].
-        signature: how it is called: a name in ``SIGNATURES`` or an adapter.
-        std: what it divides by: "group", "batch" (std of all rewards), "none".
+        signature: calling convention: a name in ``SIGNATURES`` or an adapter.
+        std: divisor of advantages: std of the "group" or the "batch" (all rewards), or "none".
         ddof: 0 for the population's std, 1 for the sample's.
-        eps: upper bound of what it adds to the std; shrinks an advantage by at most eps / std.
-        zero: largest absolute advantage that counts as 0 in a group of equal rewards; 0 demands
+        eps: upper bound of the constant that the function adds to the std; it shrinks an advantage
+            by a relative eps / std at most.
+        zero: largest absolute advantage that counts as 0 in a group of equal rewards; 0 requires
             exact zeros, so that ``advantage != 0`` finds informative groups.
-        min_members: smallest group that it accepts.
+        min_members: smallest group that the function accepts.
         tolerance: relative difference that counts as rounding.
-        detaches: it detaches rewards itself, so that one with a gradient does no harm.
+        detaches: the function detaches rewards, so they may require a gradient.
         float32: half-precision rewards give the result of float32.
     """
 
@@ -83,16 +84,16 @@ class GroupAdvantage(Subject):
 
     @property
     def takes_classes(self) -> bool:
-        """A tracker is passed as its class; an adapter may take one too."""
+        """Whether a class is accepted: trackers are classes, and adapters may take one."""
         return self.signature == "flow-grpo" or not isinstance(self.signature, str)
 
     @cached_property
     def convention(self) -> Signature:
-        """How the function is called."""
+        """Calling convention of the function."""
         return signature_of(self.function, self.signature)
 
     def __call__(self, reward: Tensor, group: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Return advantages [B]; a failure of the function breaks the law that called it."""
+        """Return advantages [B]; an exception or invalid result of the function breaks the law."""
         case = {"reward": reward, "group": group}
         if valid is not None:
             case["valid"] = valid
@@ -100,7 +101,7 @@ class GroupAdvantage(Subject):
         return self.advantages(call(self.convention.call, case, self.function, *copies), case)
 
     def advantages(self, result: Any, case: Mapping[str, object]) -> Tensor:
-        """Return a result of the function as [B]; anything else breaks the law that called it."""
+        """Return a result of the function as a tensor [B]; an invalid one breaks the law."""
         reward = case["reward"]
         assert isinstance(reward, Tensor)
         return expect_array(result, reward.shape, case)
@@ -144,14 +145,14 @@ def _case(batch: RewardBatch, **more: object) -> Mapping[str, object]:
 
 
 @ADVANTAGE.law(
-    why="Rewards are logged and used again after the call; statistics kept between calls mix "
-    "rounds, and a seed set inside repeats the noise of every rollout.",
+    why="Rewards are logged and reused after the call; statistics kept between calls mix rounds, "
+    "and a seed set inside repeats the noise of every rollout.",
 )
 def pure(f: GroupAdvantage, data: DataObject) -> None:
     """Arguments and global state are left as they were, and a second call gives the same."""
     batch = data.draw(f.batches())
     reward, group = batch.reward.clone(), batch.group.clone()
-    # Hypothesis has seeded both with 0: the same seed inside the function would not show.
+    # Hypothesis seeds both with 0, so a function that does the same would leave the state equal.
     random.random()
     np.random.random()  # noqa: NPY002
     before = _global_state()
@@ -181,8 +182,8 @@ def permutation(f: GroupAdvantage, data: DataObject) -> None:
 
 
 @ADVANTAGE.law(
-    why="Ids are hashes or dataset indices; ids that pass through float32 or serve as positions "
-    "merge groups in silence.",
+    why="Ids are hashes or dataset indices; ids converted to float32, or used as positions, "
+    "silently merge groups.",
 )
 def relabeled_groups(f: GroupAdvantage, data: DataObject) -> None:
     """Group ids are names: any other distinct integers give the same advantages."""
@@ -191,7 +192,8 @@ def relabeled_groups(f: GroupAdvantage, data: DataObject) -> None:
     dense = dense_ids(batch.group)
     count = int(dense.max()) + 1
     new = data.draw(group_ids(dtype=dtype, least=count, most=count))
-    if dtype == torch.int64 and data.draw(st.integers(0, 2)) == 2:  # equal in their low bits
+    # Ids that agree in their low 16 or 32 bits catch truncation to a smaller dtype.
+    if dtype == torch.int64 and data.draw(st.integers(0, 2)) == 2:
         stride = 2 ** data.draw(st.sampled_from([16, 32]))
         new = [7 + k * stride for k in range(count)]
     relabeled = as_ids([new[i] for i in dense.tolist()], dtype)  # torch 2.6 indexes no uint16
@@ -202,7 +204,7 @@ def relabeled_groups(f: GroupAdvantage, data: DataObject) -> None:
 
 @ADVANTAGE.law(
     why="Only differences within a group carry information; a variance computed as E[x^2] - E[x]^2 "
-    "loses them, and may turn negative, where rewards are large.",
+    "loses them, and may become negative, if rewards are large.",
 )
 def shift(f: GroupAdvantage, data: DataObject) -> None:
     """A constant added to all rewards changes no advantage."""
@@ -263,16 +265,16 @@ def zero_sum(f: GroupAdvantage, data: DataObject) -> None:
 def size(f: GroupAdvantage, data: DataObject) -> None:
     """Two members' advantages differ by the difference of their rewards over the std."""
     batch = data.draw(f.batches(min_members=max(2, f.min_members), constant=False))
-    unit = data.draw(st.sampled_from([1.0, 2.0**-5, 2.0**-7]))  # what is added to a small std shows
+    unit = data.draw(st.sampled_from([1.0, 2.0**-5, 2.0**-7]))  # small stds reveal a large eps
     _check_size(f, batch._replace(reward=unit * batch.reward))
 
 
 @ADVANTAGE.law(
-    why="Groups of the field have 16 to 64 members: a function that reads the first eight, or "
-    "normalizes blocks of rows, is right on toys alone.",
+    why="Real groups have 16 to 64 members; a function that reads only the first eight, or "
+    "normalizes blocks of rows, is right only on small tests.",
 )
 def large_groups(f: GroupAdvantage, data: DataObject) -> None:
-    """Sum and size of the advantages are right in large groups too."""
+    """Sum and size of the advantages are right in large groups, too."""
     generator = torch.Generator(device="cpu").manual_seed(data.draw(st.integers(0, 999)))
     members, groups = data.draw(st.sampled_from([16, 24, 48])), data.draw(st.integers(1, 3))
     reward = torch.rand(groups * members, generator=generator, dtype=torch.float64, device="cpu")
@@ -339,7 +341,7 @@ def mask_equals_deletion(f: GroupAdvantage, data: DataObject) -> None:
     skip=_needs_lost,
 )
 def invalid_never_read(f: GroupAdvantage, data: DataObject) -> None:
-    """Whatever stands in an invalid entry is never read."""
+    """The values of invalid entries do not affect the result."""
     batch = data.draw(f.batches(lost=True))
     assume(not bool(batch.valid.all()))
     placeholder = data.draw(st.sampled_from(LOST))
@@ -369,6 +371,7 @@ def split_equals_whole(f: GroupAdvantage, data: DataObject) -> None:
 )
 def float32_accuracy(f: GroupAdvantage, data: DataObject) -> None:
     """Float32 rewards give results of float32 accuracy."""
+    # Averaged votes such as 4.25 and 4.26: distinct in float32, equal in bfloat16.
     batch = data.draw(f.batches(number=_votes))
     exact = f(batch.reward, batch.group)
     got = f(batch.reward.float(), batch.group)
@@ -389,7 +392,7 @@ def float32_accuracy(f: GroupAdvantage, data: DataObject) -> None:
     why="Binary rewards arrive as integers; an output made in their dtype truncates advantages.",
 )
 def whole_numbers(f: GroupAdvantage, data: DataObject) -> None:
-    """Integer rewards are refused, or give what the same numbers give as floats."""
+    """Integer rewards are refused, or give the same result as equal floats."""
     batch = data.draw(f.batches(number=signs))
     whole, expected = batch.reward.long(), f(batch.reward, batch.group)
     if refuses(f.convention.call, f.function, whole.clone(), batch.group.clone(), None):
@@ -451,7 +454,7 @@ def half_precision(f: GroupAdvantage, data: DataObject) -> None:
         )  # fmt: skip
         return
     expected = f(*rounded[:2]).float()
-    if not refused():  # in any dtype: an advantage of two digits is still one
+    if not refused():  # the result may be in half precision: two digits are enough for it
         expect_close(f(half, batch.group).float(), expected, case, tolerance=2e-2)
 
 
@@ -473,14 +476,14 @@ def check_group_advantage(
 
     Args:
         function: function under test.
-        signature: how it is called: a name in ``SIGNATURES``, or an adapter.
-        std: what it divides by, as in ``GroupAdvantage``.
+        signature: calling convention: a name in ``SIGNATURES``, or an adapter.
+        std: divisor of advantages, as in ``GroupAdvantage``.
         ddof: 0 for the population's std, 1 for the sample's.
-        eps: upper bound of what it adds to the std.
+        eps: upper bound of the constant that the function adds to the std.
         zero: largest absolute advantage that counts as 0 in a group of equal rewards.
-        min_members: smallest group that it accepts.
+        min_members: smallest group that the function accepts.
         tolerance: relative difference that counts as rounding.
-        detaches: it detaches rewards itself, so that one with a gradient does no harm.
+        detaches: the function detaches rewards, so they may require a gradient.
         float32: half-precision rewards give the result of float32.
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
 
@@ -539,12 +542,12 @@ def _check_size(f: GroupAdvantage, batch: RewardBatch) -> None:
 
 
 def _votes(byte: int) -> float:
-    """Map a byte to an averaged vote of a judge, such as 4.26; bfloat16 merges neighbors."""
+    """Map a byte to an averaged judge score in [4, 4.31], in steps that bfloat16 merges."""
     return 4 + byte % 32 / 100
 
 
 def _spread(f: GroupAdvantage, batch: RewardBatch) -> Tensor:
-    """Std that each trajectory's deviation is divided by, float64; 0 for a group of one."""
+    """Return the divisor of each trajectory's deviation, float64 [B]; 0 for a group of one."""
     reward = batch.reward.double()
     if f.std == "batch":
         alone = len(reward) <= f.ddof
@@ -552,7 +555,9 @@ def _spread(f: GroupAdvantage, batch: RewardBatch) -> Tensor:
             torch.zeros_like(reward) if alone else reward.std(correction=f.ddof).expand(len(reward))
         )
     spread = torch.zeros_like(reward)
-    if f.std == "none":  # ddof 1 is the leave-one-out baseline: a factor of n / (n - 1)
+    # Without a std, ddof 1 is the leave-one-out baseline (RLOO): r - mean of the others equals
+    # (r - mean) n / (n - 1), a division by 1 - 1 / n.
+    if f.std == "none":
         count = (batch.group[:, None] == batch.group).sum(1).double()
         return torch.where(count > 1, 1 - f.ddof / count, 0)
     for name in set(batch.group.tolist()):

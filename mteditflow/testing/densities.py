@@ -45,7 +45,7 @@ class Density(Subject):
         check_choice("reduction", self.reduction, ("mean", "sum"))
 
     def __call__(self, *arguments: Tensor) -> Tensor:
-        """Return [M]; a failure of the function breaks the law that called it."""
+        """Return [M]; an exception or wrong result of the function breaks the current law."""
         case = self.case(*arguments)
         result = call(self.function, case, *arguments)
         return expect_tensor(result, arguments[0].shape[:1], case)
@@ -55,14 +55,14 @@ class Density(Subject):
         return dict(zip(self.names, arguments, strict=True))
 
     def gradient(self, at: int, *arguments: Tensor) -> Tensor:
-        """Return the gradient of the summed result by one of the arguments."""
-        held = list(arguments)
-        held[at] = held[at].clone().requires_grad_()
+        """Return the gradient of the summed result by the argument at a position."""
+        inputs = list(arguments)
+        inputs[at] = inputs[at].clone().requires_grad_()
         name = self.names[at]
-        return gradients(self(*held).sum(), {name: held[at]}, self.case(*arguments))[name]
+        return gradients(self(*inputs).sum(), {name: inputs[at]}, self.case(*arguments))[name]
 
     def reduced(self, per_element: Tensor) -> Tensor:
-        """Reduce the elements of each row."""
+        """Return the mean or sum over the elements of each row, [M]."""
         flat = per_element.flatten(1)
         return flat.mean(1) if self.reduction == "mean" else flat.sum(1)
 
@@ -72,7 +72,7 @@ class LogProb(Density):
     """A log-density of steps under test, called as ``function(x, mean, std)``; returns [M].
 
     Attributes:
-        deterministic: it is given rows of std 0, as the last step of a solver has.
+        deterministic: the function is also called with rows of std 0, such as a solver's last step.
     """
 
     deterministic: bool = False
@@ -92,7 +92,7 @@ def _draw(data: DataObject) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @DENSITY.law(
-    why="The rounding of a mean in half precision is larger than what an update moves it.",
+    why="The rounding of a mean in half precision is larger than its change by an update.",
 )
 def half_precision(f: Density, data: DataObject) -> None:
     """Half-precision means are refused, or give the float32 result within their rounding."""
@@ -133,7 +133,7 @@ def log_density(f: LogProb, data: DataObject) -> None:
 def score(f: LogProb, data: DataObject) -> None:
     """Its gradient by the mean is (x - mean) / std^2."""
     x, mean, std = _draw(data)
-    count = mean[0].numel() if f.reduction == "mean" else 1
+    count = mean[0].numel() if f.reduction == "mean" else 1  # a mean divides the gradient
     expected = (x - mean) / std**2 / count
     got, case = f.gradient(1, x, mean, std), f.case(x, mean, std)
     expect_close(got, expected, case, tolerance=f.tolerance)
@@ -141,10 +141,10 @@ def score(f: LogProb, data: DataObject) -> None:
 
 @LOG_PROB.law(
     why="The last step of a solver has std 0; one NaN in its gradient makes every weight NaN.",
-    skip=lambda f: None if f.deterministic else "it is not given deterministic rows",
+    skip=lambda f: None if f.deterministic else "it is not called with deterministic rows",
 )
 def deterministic_rows(f: LogProb, data: DataObject) -> None:
-    """A row of std 0 has a finite value and gradient 0, whatever it holds, and no neighbor does."""
+    """A row of std 0 has a finite value and gradient 0 for any content, and affects no other."""
     x, mean, std = _draw(data)
     row = data.draw(st.integers(0, ROWS - 1))
     others = torch.arange(ROWS, device="cpu") != row
@@ -160,15 +160,15 @@ def deterministic_rows(f: LogProb, data: DataObject) -> None:
         fail(
             case, f"a finite value and gradient 0 in row {row}", f"{value.tolist()}, {got.tolist()}"
         )
-    for batched, alone in zip((value, got), own, strict=True):  # the other rows as without it
+    for batched, alone in zip((value, got), own, strict=True):  # the other rows are unaffected
         expect_close(batched[others], alone, case, tolerance=f.tolerance)
 
 
 @KL.law(
-    why="A KL without the step size makes kl_coef mean another thing on every grid.",
+    why="A KL without the step size changes the meaning of kl_coef with every grid.",
 )
 def divergence(f: Density, data: DataObject) -> None:
-    """It is the divergence of torch.distributions: the std of the step has the step size in it."""
+    """It is the divergence of torch.distributions; the std of a step includes the step size."""
     x, mean, std = _draw(data)
     normal = torch.distributions.Normal
     ours, theirs = normal(x, std.expand_as(x)), normal(mean, std.expand_as(mean))
@@ -177,11 +177,12 @@ def divergence(f: Density, data: DataObject) -> None:
 
 
 @KL.law(
-    why="A KL computed without gradient is logged and holds nothing.",
+    why="A KL computed without gradient appears in the log and does not regularize.",
 )
 def pulls_to_the_reference(f: Density, data: DataObject) -> None:
     """It has a gradient to the policy, and is 0 with gradient 0 at the reference."""
     other, reference, std = _draw(data)
+    # d KL / d mean = (mean - reference) / std^2 per element, divided by the count for a mean.
     count = reference[0].numel() if f.reduction == "mean" else 1
     for mean in (other, reference):
         got, case = f.gradient(0, mean, reference, std), f.case(mean, reference, std)
@@ -202,7 +203,7 @@ def check_log_prob(
     Args:
         function: maps latents [M, ...] and std [M, 1, ...] to [M].
         reduction: "mean" or "sum" over the elements of a row.
-        deterministic: it is given rows of std 0, as the last step of a solver has.
+        deterministic: the function is also called with rows of std 0, such as a solver's last step.
         tolerance: relative difference that counts as rounding.
         float32: half-precision inputs give the result of float32, in float32.
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.

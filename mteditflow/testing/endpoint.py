@@ -1,8 +1,8 @@
-"""An HTTP endpoint that fails in every way a real one does, for clients of judges and servers.
+"""An HTTP endpoint with the failures of real ones, for tests of clients.
 
 ``ScriptedServer(answer, script)`` serves HTTP/1.1 on a free port of the loopback, on raw sockets,
-from a thread of its own. ``answer`` maps a request's JSON to the JSON of the right response.
-``script`` gives one behavior per request, in order; after its end all are good.
+in its own thread. ``answer`` maps a request's JSON to the JSON of the right response. ``script``
+gives one behavior per request, in order; after its end all responses are right.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Answer = Callable[[Any], Any]
-HUGE = 2**24 + 1  # bytes
+HUGE = 2**24 + 1  # bytes, one more than the limit of mteditflow's own clients
 
 
 @dataclass(frozen=True)
 class Request:
-    """A request that arrived.
+    """A received request.
 
     Attributes:
-        method: such as "POST".
+        method: HTTP method, such as "POST".
         path: path and query.
-        headers: by lower-case name.
+        headers: header fields by lower-case name.
         body: bytes after the headers.
     """
 
@@ -39,7 +39,7 @@ class Request:
 
     @property
     def json(self) -> Any:
-        """The body as JSON, ``None`` where it is empty."""
+        """The body as JSON; ``None`` if it is empty."""
         return json.loads(self.body) if self.body else None
 
 
@@ -65,8 +65,8 @@ class Exchange:
         Args:
             body: bytes, or a value to write as JSON.
             status: HTTP status.
-            length: a false Content-Length; closes the connection.
-            **headers: fields, underscores for hyphens.
+            length: a wrong Content-Length; the connection is closed after the body.
+            **headers: header fields, with underscores for hyphens.
         """
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         fields = {
@@ -85,12 +85,12 @@ Behavior = Callable[[Exchange], Awaitable[None]]
 
 
 async def good(exchange: Exchange) -> None:
-    """Respond right."""
+    """Send the right response."""
     await exchange.reply(exchange.right())
 
 
 def late(seconds: float) -> Behavior:
-    """Return a behavior that responds right after a wait."""
+    """Return a behavior that sends the right response after a wait in seconds."""
 
     async def behave(exchange: Exchange) -> None:
         await asyncio.sleep(seconds)
@@ -100,7 +100,7 @@ def late(seconds: float) -> Behavior:
 
 
 def changed(change: Callable[[Any], Any]) -> Behavior:
-    """Return a behavior that sends the right JSON, changed."""
+    """Return a behavior that applies ``change`` to the right JSON and sends it."""
 
     async def behave(exchange: Exchange) -> None:
         await exchange.reply(change(exchange.right()))
@@ -123,7 +123,7 @@ async def silent(_: Exchange) -> None:
 
 
 async def drip(exchange: Exchange) -> None:
-    """Send a byte now and then: no pause is long, and it takes for ever."""
+    """Send single bytes forever, with pauses too short for a read timeout."""
     await exchange.reply(b"", Content_Length="1000000")
     while True:
         exchange.writer.write(b" ")
@@ -133,6 +133,7 @@ async def drip(exchange: Exchange) -> None:
 
 async def reset(exchange: Exchange) -> None:
     """Reset the connection."""
+    # Linger of 0 seconds: closing sends RST instead of FIN.
     raw = exchange.writer.get_extra_info("socket")
     raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     exchange.writer.transport.abort()
@@ -145,7 +146,7 @@ async def truncated(exchange: Exchange) -> None:
 
 
 async def broken_json(exchange: Exchange) -> None:
-    """Send JSON without its end."""
+    """Send JSON whose last two bytes are missing, with a matching Content-Length."""
     await exchange.reply(json.dumps(exchange.right()).encode()[:-2])
 
 
@@ -166,7 +167,7 @@ JSON_LIST = plain([1, 2, 3])
 NO_CHOICES = plain({"id": "scripted", "choices": None})
 ERROR_IN_200 = plain({"error": {"message": "out of memory", "code": 500}})
 
-#: Every way to lose a response, in any protocol of JSON over HTTP. None of them sleeps.
+#: Failures of JSON over HTTP by name; each loses a response, and none sleeps.
 FAULTS: Mapping[str, Behavior] = {
     "connection reset": reset,
     "body truncated": truncated,
@@ -187,7 +188,7 @@ FAULTS: Mapping[str, Behavior] = {
 
 
 def completion(text: str | None, *, finish_reason: str = "stop", **message: Any) -> dict[str, Any]:
-    """Return a chat completion as OpenAI-compatible servers send it."""
+    """Return a chat completion in the format of OpenAI-compatible servers."""
     return {
         "id": "scripted",
         "object": "chat.completion",
@@ -213,17 +214,17 @@ def closed_port() -> int:
 
 @dataclass
 class ScriptedServer:
-    """Serves while its ``with`` block lasts.
+    """HTTP server that runs inside its ``with`` block.
 
     Attributes:
-        answer: request JSON to the JSON of the right response.
-        script: behaviors, one per request; ``itertools.repeat`` for one that lasts.
-        models: JSON of ``GET /v1/models``, which takes no behavior of the script and is not among
-            the requests; ``None`` answers 404.
-        port: 0 for any that is free.
-        requests: those that arrived, in order.
-        connections: how many were opened.
-        most_at_once: most requests that were being answered at one moment.
+        answer: function from a request's JSON to the JSON of the right response.
+        script: behaviors, one per request; ``itertools.repeat(behavior)`` applies one to all.
+        models: JSON of ``GET /v1/models``, which uses no behavior of the script and is not recorded
+            in ``requests``; ``None``: status 404.
+        port: port; 0: any free one, set when the block begins.
+        requests: received requests, in order.
+        connections: number of opened connections.
+        most_at_once: largest number of requests in progress at the same time.
     """
 
     answer: Answer
@@ -259,7 +260,10 @@ class ScriptedServer:
 
     async def _start(self) -> None:
         self._server = await asyncio.start_server(
-            self._connection, "127.0.0.1", self.port, backlog=1024
+            self._connection,
+            "127.0.0.1",
+            self.port,
+            backlog=1024,  # clients may open hundreds of connections at once
         )
         self.port = self._server.sockets[0].getsockname()[1]
 
@@ -276,7 +280,7 @@ class ScriptedServer:
         self.connections += 1
         try:
             with suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-                while not writer.is_closing():
+                while not writer.is_closing():  # keep-alive: several requests per connection
                     await self._serve(await _request(reader), writer)
         finally:
             self._tasks.discard(task)

@@ -1,4 +1,4 @@
-"""Expectations of laws: tensors, gradients, sums, precision."""
+"""Assertions of laws on tensors, gradients, sums and precision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Case = Mapping[str, object]
 
 
 def expect_tensor(result: object, shape: torch.Size | tuple[int, ...], case: Case) -> Tensor:
-    """Return a result that is a tensor of real numbers of this shape; anything else fails."""
+    """Return the result if it is a real tensor of this shape; else break the law."""
     expected = f"shape {list(shape)}"
     if not isinstance(result, Tensor):
         fail(case, f"a tensor of {expected}", Returned(described(result)))
@@ -30,13 +30,13 @@ def expect_tensor(result: object, shape: torch.Size | tuple[int, ...], case: Cas
 def expect_array(
     result: object, shape: torch.Size | None, case: Case, *, of: str = "real numbers"
 ) -> Tensor:
-    """Return any array or list of real numbers as a tensor on the CPU; anything else fails.
+    """Return an array or list of real numbers as a tensor on the CPU; else break the law.
 
     Args:
-        result: what the function returned.
-        shape: the shape that it must have; ``None`` for any.
+        result: result of the function.
+        shape: required shape; ``None``: any.
         case: arguments of the call.
-        of: what the function should return an array of.
+        of: expected elements, for the message.
     """
     array = result.detach().cpu() if isinstance(result, Tensor) else _numpy(result)
     if array is None:
@@ -49,7 +49,7 @@ def expect_array(
 
 
 def _numpy(result: object) -> Tensor | None:
-    """Return numbers as a float64 or complex tensor, ``None`` for what has no numbers."""
+    """Return numbers as a float64 or complex128 tensor; ``None`` for anything else."""
     try:
         array = np.asarray(result)
     except (TypeError, ValueError):  # lists of unequal length
@@ -60,9 +60,9 @@ def _numpy(result: object) -> Tensor | None:
 
 
 def described(result: object) -> str:
-    """Return words for a result that a law cannot read."""
+    """Return a description of a result that a law cannot read."""
     if inspect.iscoroutine(result):
-        result.close()
+        result.close()  # avoids the warning that it was never awaited
     if result is None or isinstance(result, (str, bytes)):
         return repr(result)
     if isinstance(result, (list, tuple)) and result:
@@ -74,9 +74,9 @@ def described(result: object) -> str:
 def gradients(
     total: Tensor, leaves: Tensors, case: Case, *, graph: bool = False
 ) -> dict[str, Tensor]:
-    """Return the gradient of a scalar by each leaf, 0 for one that is not used.
+    """Return the gradient of a scalar by each leaf; 0 for an unused one.
 
-    No gradient at all breaks the law, and so does an exception on the way back.
+    A scalar without any gradient breaks the law, and so does an exception in the backward pass.
     """
     if not total.requires_grad:
         fail(case, f"a gradient to {', '.join(leaves)}", "no gradient")
@@ -91,7 +91,7 @@ def gradients(
 
 
 def expect_zero_sums(advantage: Tensor, group: Tensor, case: Case, *, tolerance: float) -> None:
-    """Fail unless the advantages of each group add up to 0, within ``tolerance`` of their size."""
+    """Fail unless each group's advantages sum to 0, within ``tolerance * max(1, sum of |A|)``."""
     for name in dict.fromkeys(group.tolist()):
         members = advantage[group == name].double()
         if not abs(float(members.sum())) <= tolerance * max(1.0, float(members.abs().sum())):
@@ -110,16 +110,16 @@ def expect_float32_result(
     float32: bool,
     refused: Callable[[], bool],
 ) -> None:
-    """Fail unless half-precision inputs are refused, or give the float32 result of their numbers.
+    """Fail unless half-precision inputs are refused, or give the result of float32 inputs.
 
-    Without ``float32`` the result may have any dtype and the rounding of a computation in half
-    precision: as much as inputs that move by their own rounding move the result.
+    Without ``float32`` the result may have any dtype, and the error of a computation in half
+    precision: as large as the change of the result if inputs change by their own rounding.
 
     Args:
-        function: returns the result for inputs by name.
+        function: function from inputs by name to the result.
         half: inputs, some of them in half precision.
         case: arguments of the call.
-        float32: the result must be in float32, of its accuracy.
+        float32: the result must have dtype and accuracy of float32.
         refused: returns whether a call with ``half`` raises.
     """
     full = {name: x.float() for name, x in half.items()}
@@ -147,6 +147,7 @@ def expect_float32_result(
             for name, x in full.items()
         }
         moved = torch.maximum(moved, (function(nearby).float() - expected).detach().abs())
+    # Sixteen roundings of the result itself, and the sensitivity to rounded inputs with a margin.
     allowed = 16 * eps * expected.abs().clamp(min=1) + 4 * moved
     same = (got.float() - expected).abs() <= allowed
     same |= got == expected.to(got.dtype)  # where it overflows in half precision

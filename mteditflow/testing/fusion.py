@@ -1,4 +1,4 @@
-"""Laws of fusion: several rewards to one advantage.
+"""Laws of fusion: several rewards fused into one advantage.
 
 Source: MT-EditFlow (arXiv 2606.01985), Eq. 6, 7, 17-19.
 """
@@ -37,13 +37,13 @@ class Fusion(Subject):
 
     Attributes:
         function: called as ``function(rewards, weights, group, valid=valid)`` with rewards [B] and
-            weights by name; returns advantages [B]. One that has a parameter ``measured`` is also
-            called with masks [B] by name, false where there was nothing to measure.
-        level: "advantage" normalizes each reward on its own, "reward" their weighted sum.
-        zero: largest absolute advantage that counts as 0 where all rewards of a group are equal.
-        eps: upper bound of what it adds to a std.
+            weights by name; returns advantages [B]. If it has a parameter ``measured``, it is also
+            called with masks [B] by name, False if there was nothing to measure.
+        level: "advantage" normalizes each reward separately, "reward" their weighted sum.
+        zero: largest absolute advantage that counts as 0 if all rewards of a group are equal.
+        eps: upper bound of the constant that the function adds to a std.
         tolerance: relative difference that counts as rounding.
-        std: what it divides by: "group", or "batch" (std of all rewards).
+        std: divisor of advantages: std of the "group", or of the "batch" (all rewards).
     """
 
     level: str = "advantage"
@@ -65,7 +65,7 @@ class Fusion(Subject):
         valid: Tensor | None = None,
         measured: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """Return advantages [B]; a failure of the function breaks the law that called it."""
+        """Return advantages [B]; an exception or invalid result of the function breaks the law."""
         if valid is None and self.requires_valid:
             valid = torch.ones_like(group, dtype=torch.bool)
         case = {**rewards, "weights": weights, "group": group, "valid": valid}
@@ -76,13 +76,13 @@ class Fusion(Subject):
 
     @cached_property
     def requires_valid(self) -> bool:
-        """Whether a call needs a mask where no reward is lost."""
+        """Whether a call needs a mask even if no reward is lost."""
         mask = parameters(self.function).get("valid")
         return mask is not None and mask.default is inspect.Parameter.empty
 
     @property
     def takes_measured(self) -> bool:
-        """Whether the function has a parameter for rewards with nothing to measure."""
+        """Whether the function has the parameter ``measured``."""
         return "measured" in parameters(self.function)
 
 
@@ -104,7 +104,7 @@ def _case(rewards: Mapping[str, Tensor], **more: object) -> Mapping[str, object]
 
 
 @FUSION.law(
-    why="Weights matched to rewards by position go to the wrong reward once a config is reordered.",
+    why="Weights matched by position apply to the wrong reward after a config is reordered.",
 )
 def order_of_names(f: Fusion, data: DataObject) -> None:
     """The order of the names changes nothing."""
@@ -119,7 +119,7 @@ def order_of_names(f: Fusion, data: DataObject) -> None:
 
 
 @FUSION.law(
-    why="An ablation that sets a weight to 0 must remove the reward, its scale included.",
+    why="An ablation that sets a weight to 0 must remove the reward completely, with its scale.",
 )
 def zero_weight(f: Fusion, data: DataObject) -> None:
     """A reward of weight 0 has no influence."""
@@ -176,10 +176,10 @@ def split_equals_whole(f: Fusion, data: DataObject) -> None:
 
 
 @FUSION.law(
-    why="A sign or a weight lost on the way prefers the worse image.",
+    why="A lost sign or weight prefers the worse image.",
 )
 def monotone(f: Fusion, data: DataObject) -> None:
-    """With one reward of weight 1 the better member has the larger advantage."""
+    """With a single weighted reward the better member has the larger advantage."""
     rewards, group, _ = data.draw(named_rewards(NAMES, lost=False))
     weights = {"a": 1.0, "b": 0.0, "c": 0.0}
     advantage, a = f(rewards, weights, group), rewards["a"]
@@ -191,7 +191,7 @@ def monotone(f: Fusion, data: DataObject) -> None:
 
 
 @FUSION.law(
-    why="A weight then is the reward's share of the update.",
+    why="Only then is a weight the reward's share of the update.",
     skip=_at_advantage_level,
 )
 def linear_in_weights(f: Fusion, data: DataObject) -> None:
@@ -205,14 +205,14 @@ def linear_in_weights(f: Fusion, data: DataObject) -> None:
 
 
 @FUSION.law(
-    why="Advantage-level fusion exists so that a reward of large spread does not drown the others.",
+    why="Advantage-level fusion prevents a reward of large spread from dominating the others.",
     skip=_at_advantage_level,
 )
 def unit_free(f: Fusion, data: DataObject) -> None:
     """The unit of a reward changes nothing beyond eps."""
     rewards, group, _ = data.draw(named_rewards(NAMES, lost=False, constant=False, min_members=2))
     weights = data.draw(WEIGHTS)
-    other = {**rewards, "a": 1024 * rewards["a"]}
+    other = {**rewards, "a": 1024 * rewards["a"]}  # a power of 2, so scaling rounds nothing
     got, expected = f(other, weights, group), f(rewards, weights, group)
     tolerance = f.tolerance + 2 * f.eps * 32  # a nonzero std of multiples of 1/8 is at least 1/32
     expect_close(got, expected, _case(other, weights=weights, group=group), tolerance=tolerance)
@@ -228,12 +228,12 @@ def common_factor(f: Fusion, data: DataObject) -> None:
     weights = {"a": 1.0, "b": 0.5, "c": 2.0}
     doubled = {name: 1024 * weight for name, weight in weights.items()}
     got, expected = f(rewards, doubled, group), f(rewards, weights, group)
-    tolerance = f.tolerance + 2 * f.eps * 64
+    tolerance = f.tolerance + 2 * f.eps * 64  # sums are multiples of 1/16: a std is at least 1/64
     expect_close(got, expected, _case(rewards, weights=doubled, group=group), tolerance=tolerance)
 
 
 @FUSION.law(
-    why="Its other rewards would be compared as if the lost one had been 0.",
+    why="Otherwise its other rewards are compared as if the lost one had been 0.",
 )
 def mask_equals_deletion(f: Fusion, data: DataObject) -> None:
     """A trajectory that lost a reward takes no part, as if deleted, and gets advantage 0."""
@@ -249,8 +249,8 @@ def mask_equals_deletion(f: Fusion, data: DataObject) -> None:
 
 
 @FUSION.law(
-    why="Consistency that cannot be measured after a change of background is neither a failure nor "
-    "a reason to drop the sample's other rewards.",
+    why="Consistency cannot be measured after a change of background, which is neither a failure "
+    "nor a reason to drop the sample's other rewards.",
     skip=lambda f: None if f.takes_measured else "the function takes no parameter `measured`",
 )
 def unmeasured(f: Fusion, data: DataObject) -> None:
@@ -260,13 +260,14 @@ def unmeasured(f: Fusion, data: DataObject) -> None:
     has = torch.tensor(flags, dtype=torch.bool, device="cpu")
     same = (group[:, None] == group).double()
     some = (same @ has.double()) > 0
-    # A sum has no stand-in for what nobody in the group has.
+    # A sum cannot replace a reward that no member of the group has.
     has = has | ~some if f.level == "reward" else has
     assume(bool(has.any()) and not bool(has.all()))
     weights = data.draw(WEIGHTS) | {"a": 1.0}
     held = {**rewards, "b": rewards["b"].masked_fill(~has, data.draw(st.sampled_from(LOST)))}
     got = f(held, weights, group, measured={"b": has})
     if f.level == "reward":
+        # The group's mean of b adds a constant to the sum, which normalization removes.
         mean = (same @ torch.where(has, rewards["b"], 0)) / (same @ has.double())
         expected = f({**rewards, "b": torch.where(has, rewards["b"], mean)}, weights, group)
     else:
@@ -295,13 +296,12 @@ def check_fusion(
 
     Args:
         function: maps rewards [B] and weights, by name, to advantages [B]. If it has a parameter
-            ``measured``, masks by name of what there was something to measure in, the law of
-            unmeasured rewards is checked too.
+            ``measured`` (masks [B] by name), the law of unmeasured rewards is checked, too.
         level: "advantage" or "reward", as in ``Fusion``.
-        zero: largest absolute advantage that counts as 0 where all rewards of a group are equal.
-        eps: upper bound of what it adds to a std.
+        zero: largest absolute advantage that counts as 0 if all rewards of a group are equal.
+        eps: upper bound of the constant that the function adds to a std.
         tolerance: relative difference that counts as rounding.
-        std: what it divides by, "group" or "batch".
+        std: divisor of advantages: std of the "group" or of the "batch".
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
 
     Raises:

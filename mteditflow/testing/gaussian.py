@@ -1,4 +1,4 @@
-"""Gaussians whose densities, marginals and policy gradients are known in closed form."""
+"""Gaussian policies and flows with closed-form densities, marginals and policy gradients."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ class GaussianPolicy:
         Returns:
             Actions and weights, float64 [nodes]; the weights add up to 1.
         """
+        # Gauss-Hermite nodes of the probabilists' weight exp(-z^2 / 2); weights sum to sqrt(2 pi).
         z, weight = np.polynomial.hermite_e.hermegauss(nodes)
         action = self.mean + self.std * torch.from_numpy(z)
         return action, torch.from_numpy(weight / weight.sum())
@@ -91,5 +92,7 @@ class GaussianFlow:
     def velocity(self, x_t: Tensor, sigma: float) -> Tensor:
         """Return the exact velocity at ``x_t`` [M, ...]; gradient flows to ``x_t``."""
         mean, variance = self.marginal(sigma)
+        # Regression of noise - clean on x_t: their covariance is sigma - (1 - sigma) std^2, and
+        # the mean of noise - clean is -self.mean.
         slope = (sigma - (1 - sigma) * self.std**2) / variance
         return slope * (x_t - mean) - self.mean

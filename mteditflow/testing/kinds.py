@@ -1,4 +1,4 @@
-"""Kinds of functions that have laws, by name."""
+"""Laws by kind of function."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ALL: tuple[Laws[Any], ...] = (
     ADVANTAGE, FUSION, SELECTION, AGGREGATOR, CREDIT, POLICY_LOSS, NFT_LOSS, LOSS,
     SOLVER, LOG_PROB, KL, AVERAGE,
 )  # fmt: skip
-#: Name of each kind to its laws.
+#: Laws by name of the kind.
 KINDS: Mapping[str, Laws[Any]] = {laws.kind: laws for laws in _ALL}
 
 

@@ -1,8 +1,8 @@
-"""Laws: properties that a function must have, searched for a smallest counterexample.
+"""Laws: properties that a function must have, checked by a search for counterexamples.
 
-A law draws cases with hypothesis, calls the function under test and raises ``LawBroken`` where the
-property fails. Hypothesis shrinks the case, so the message shows the smallest one it found; a
-hypothesis profile without ``Phase.shrink`` is honored, and the message then shows the first one.
+A law draws cases with hypothesis, calls the function under test, and raises ``LawBroken`` if the
+property fails. Hypothesis shrinks the case, so the message has the smallest one that it found.
+Under a hypothesis profile without ``Phase.shrink`` it has the first one instead.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from mteditflow.testing.options import check_integer
 S = TypeVar("S")
 T = TypeVar("T")
 EXAMPLES = 200
-LONGEST = 12  # entries of a list that a message shows in full
+LONGEST = 12  # longest list that a message shows in full
 #: Options of every search.
 SEARCH = ("only", "without", "examples", "seed")
 
 
 class About(NamedTuple):
-    """Words on a law.
+    """Description of a law.
 
     Attributes:
         name: words joined by hyphens, as in a test id.
         statement: the property, one sentence.
-        why: what goes wrong in training where it does not hold, one sentence.
+        why: consequence for training if the law does not hold, one sentence.
     """
 
     name: str
@@ -61,14 +61,15 @@ class Raised(NamedTuple):
 
     @property
     def of_the_call(self) -> bool:
-        """Whether the arguments did not fit: a TypeError without a frame of the function's own."""
+        """Whether the call itself raised a TypeError: the arguments do not fit the signature."""
         frames = [frame for frame, _ in traceback.walk_tb(self.error.__traceback__)]
+        # Python raises it in the caller's frame, so the innermost frame is one of this package.
         ours = bool(frames) and Path(frames[-1].f_code.co_filename).parent == Path(__file__).parent
         return isinstance(self.error, TypeError) and ours
 
 
 class Returned(str):
-    """Words for a result of another type or shape than the kind has."""
+    """Description of a result with a type or shape that the kind does not allow."""
 
     __slots__ = ()
 
@@ -77,10 +78,10 @@ class LawBroken(AssertionError):  # noqa: N818  (says what happened, as Assertio
     """A function breaks a law.
 
     Attributes:
-        law: name of the law, "" until it is known.
+        law: name of the law; "" until ``Law.check`` sets it.
         case: arguments of the smallest failing case, by name.
-        expected: what the law demands.
-        got: what the function returned or raised.
+        expected: result or property that the law requires.
+        got: result or exception of the function.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class LawBroken(AssertionError):  # noqa: N818  (says what happened, as Assertio
 
     @property
     def cause(self) -> str:
-        """Name of the failure that broken laws share; "" where the numbers alone break a law."""
+        """Key of an exception or wrong type that several laws share; "" for wrong numbers."""
         return (
             str(self.got)
             if isinstance(self.got, Raised)
@@ -111,7 +112,7 @@ class Law(Generic[S]):
     Attributes:
         about: name, statement, and why it matters.
         holds: draws a case, calls the function and raises ``LawBroken``.
-        skip: returns why the law does not apply to a function, or ``None``.
+        skip: returns the reason why the law does not apply to a function, or ``None``.
     """
 
     about: About
@@ -129,11 +130,12 @@ class Law(Generic[S]):
         Args:
             subject: function under test, wrapped as the law's kind expects.
             examples: number of cases to draw.
-            seed: the cases are the same for the same seed, number of examples and hypothesis.
+            seed: seed of the search; equal seeds, examples and hypothesis versions draw the same
+                cases.
 
         Raises:
-            LawBroken: a case was found; the message has the smallest one, or the first one where
-                the active hypothesis profile leaves out ``Phase.shrink``.
+            LawBroken: a counterexample was found; the message has the smallest one, or the first
+                one if the active hypothesis profile leaves out ``Phase.shrink``.
             ValueError: ``examples`` is not positive, or the law does not apply.
         """
         __tracebackhide__ = True  # pytest shows the message alone
@@ -159,8 +161,8 @@ class Result:
 
     Attributes:
         about: name, statement, and why it matters.
-        broken: the counterexample, ``None`` where the law holds.
-        skipped: why it does not apply, ``None`` where it does.
+        broken: the counterexample; ``None`` if the law holds.
+        skipped: reason why the law does not apply; ``None`` if it does.
     """
 
     about: About
@@ -169,13 +171,13 @@ class Result:
 
 
 def check_search(examples: object, seed: object) -> None:
-    """Raise unless there is a case to draw, from a seed."""
+    """Raise unless ``examples`` is an integer >= 1 and ``seed`` one >= 0."""
     check_integer("examples", examples, low=1)
     check_integer("seed", seed, low=0)
 
 
 def report(broken: Sequence[LawBroken]) -> str:
-    """Return the failures; an exception or a wrong result that several laws met is shown once."""
+    """Return the failures as text; an exception or wrong type of several laws appears once."""
     shared: dict[str, list[LawBroken]] = {}
     for failure in broken:
         shared.setdefault(failure.cause or failure.law, []).append(failure)
@@ -188,13 +190,13 @@ def report(broken: Sequence[LawBroken]) -> str:
 
 
 class Laws(Generic[S]):
-    """All laws of one kind of function, in the order in which they were declared.
+    """All laws of one kind of function, in order of declaration.
 
     Args:
         kind: name of the kind.
         subject: class that wraps a function of this kind, with its options.
-        shared: laws of a wider kind that hold too.
-        called: how functions of this kind are called, and what they return.
+        shared: laws of a more general kind that also apply.
+        called: calling convention and result of this kind, as text.
     """
 
     def __init__(
@@ -217,11 +219,11 @@ class Laws(Generic[S]):
     def law(
         self, *, why: str, skip: Callable[[S], str | None] | None = None
     ) -> Callable[[Callable[[S, DataObject], None]], Callable[[S, DataObject], None]]:
-        """Declare a law: its name is that of the decorated function, its docstring the statement.
+        """Return a decorator that declares a law, named and stated by its function and docstring.
 
         Args:
-            why: what goes wrong in training where the law does not hold, one sentence.
-            skip: returns why the law does not apply to a function, or ``None``.
+            why: consequence for training if the law does not hold, one sentence.
+            skip: returns the reason why the law does not apply to a function, or ``None``.
         """
 
         def declare(holds: Callable[[S, DataObject], None]) -> Callable[[S, DataObject], None]:
@@ -233,7 +235,7 @@ class Laws(Generic[S]):
         return declare
 
     def through(self, view: Callable[[T], S]) -> list[Law[T]]:
-        """Return these laws for another kind of subject, which ``view`` maps to this one."""
+        """Return these laws for another kind of subject, which ``view`` converts to this one."""
 
         def seen(law: Law[S]) -> Law[T]:
             return Law(
@@ -264,7 +266,7 @@ class Laws(Generic[S]):
 
         Raises:
             TypeError: an option has another type, or the function does not fit the kind: it
-                refuses the arguments of a call, or returns nothing that a law can read.
+                does not accept the arguments, or its result has a type that no law can read.
             ValueError: a name is not that of a law, or none of the laws applies.
         """
         check_search(examples, seed)
@@ -290,7 +292,10 @@ class Laws(Generic[S]):
             yield Result(law.about, broken, reason)
 
     def _try(self, subject: S) -> None:
-        """Raise where one call shows that the function is not of this kind, or cannot run."""
+        """Raise if one call shows that the function is not of this kind, or cannot run.
+
+        Otherwise a wrong signature would appear as many broken laws.
+        """
         law = next(law for law in self if law.skip(subject) is None)
         try:
             law.check(subject, examples=1)
@@ -304,7 +309,7 @@ class Laws(Generic[S]):
                 raise TypeError(f"function: expected {text(broken.expected)}, got {got}") from None
 
     def check(self, subject: S, **options: Any) -> None:
-        """Check all laws that apply; options are those of ``results``.
+        """Check all laws that apply, with the options of ``results``.
 
         Raises:
             LawBroken: one law fails.
@@ -354,7 +359,7 @@ class Laws(Generic[S]):
 def call(
     function: Callable[..., Any], case: Mapping[str, object], *args: Any, **kwargs: Any
 ) -> Any:
-    """Call the function under test; what it raises on a sound case breaks the law."""
+    """Call the function under test; an exception on a valid case breaks the law."""
     __tracebackhide__ = True
     try:
         return function(*args, **kwargs)
@@ -366,9 +371,10 @@ def call(
 
 @contextmanager
 def other_defaults(dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
-    """Set torch's default dtype, and its default device to one without memory."""
+    """Set torch's default dtype, and the default device to "meta", which has no memory."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
+    # A tensor made inside without an explicit device has no memory, so its use raises.
     try:
         with torch.device("meta"):
             yield
@@ -377,16 +383,16 @@ def other_defaults(dtype: torch.dtype = torch.bfloat16) -> Iterator[None]:
 
 
 def expect_memory(result: object, case: Mapping[str, object]) -> None:
-    """Fail where a result is on the default device of ``other_defaults``."""
+    """Fail if a result is on the default device of ``other_defaults``."""
     if isinstance(result, Tensor) and result.is_meta:
         fail(case, "a result on the device of the arguments", "one on the default device")
 
 
 def refuses(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
-    """Return whether a call raises, other than for arguments that do not fit its signature."""
+    """Return whether a call raises an exception other than a mismatch with its signature."""
     try:
         function(*args, **kwargs)
-    except LawBroken:  # of a signature that reads the result
+    except LawBroken:  # raised by a signature's adapter, on the result of a completed call
         return False
     except (Exception, SystemExit) as error:
         return not Raised(error).of_the_call
@@ -409,9 +415,9 @@ def expect_close(
     tolerance: float,
     about: About | None = None,
 ) -> None:
-    """Fail unless shapes agree, and values within ``tolerance * max(1, |expected|)``.
+    """Fail unless shapes are equal, and values within ``tolerance * max(1, |expected|)``.
 
-    NaN equals NaN: whether a result may be NaN is the subject of laws of its own.
+    NaN equals NaN; separate laws check whether a result may be NaN.
     """
     __tracebackhide__ = True
     if got.shape != expected.shape:
@@ -430,7 +436,7 @@ def _search(holds: Callable[[S, DataObject], None], subject: S, examples: int, s
     @settings(
         max_examples=examples,
         deadline=None,
-        database=None,
+        database=None,  # no example of earlier runs, so that equal seeds draw equal cases
         print_blob=False,
         report_multiple_bugs=False,
         phases=_phases(),
@@ -442,14 +448,14 @@ def _search(holds: Callable[[S, DataObject], None], subject: S, examples: int, s
             holds(subject, data)
         except (LawBroken, HypothesisException):
             raise
-        except Exception as error:  # past `call`: in what the law does with a result
+        except Exception as error:  # outside `call`: the law could not process a result
             fail({}, "a result that the law can read", Raised(error))
 
     search()
 
 
 def _phases() -> tuple[Phase, ...]:
-    """Return the phases of a search; a profile without ``Phase.shrink`` is honored."""
+    """Return the phases of a search, without shrinking if the active profile leaves it out."""
     shrinks = Phase.shrink in settings().phases
     return (Phase.generate, Phase.shrink) if shrinks else (Phase.generate,)
 

@@ -1,4 +1,4 @@
-"""Laws of any unreduced loss of rows: constants, masks, derivatives, precision, compilation."""
+"""Laws of losses over rows: constants, masks, derivatives, precision, compilation."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from mteditflow.testing.strategies import Number, eighths, tensors
 ROWS, LATENT = 2, (2,)
 
 
-# What an argument holds: its shape after M, and the values it may have.
 def small(byte: int) -> float:
     """Map a byte to a multiple of 1/8 in [-3, 3]."""
     return eighths(byte % 25 if byte < 128 else 81 + byte % 24)
 
 
+# Shape after M, and range of values, of an argument by its role.
 ROLES: Mapping[str, tuple[tuple[int, ...], Number]] = {
     "latent": (LATENT, small),
     "number": ((), small),
@@ -56,10 +56,10 @@ class Loss(Subject):
         function: called with tensors by name, ``function(**inputs)``; returns [M], or a mean.
         inputs: name of each argument to its role: "latent" [M, ...], or per row [M] a "number", a
             "share" in [0, 1], a "sigma" in (0, 1), a "positive" number, a "log-ratio".
-        trained: names that get a gradient; all others are constants.
-        reduction: "none" where it returns [M], "mean" where it returns the mean over rows.
-        valid: name of the mask argument, boolean [M]; ``None`` where there is none.
-        detaches: it detaches its constants itself, so that one with a gradient does no harm.
+        trained: names of arguments that get a gradient; all others are constants.
+        reduction: "none" if it returns [M], "mean" if it returns the mean over rows.
+        valid: name of the mask argument, boolean [M]; ``None``: there is no mask.
+        detaches: the function detaches its constants, so they may require a gradient.
         tolerance: relative difference that counts as rounding.
         float32: half-precision inputs give the result of float32, in float32.
     """
@@ -91,18 +91,18 @@ class Loss(Subject):
         check_mask_name(self.valid, self.inputs)
 
     def __call__(self, inputs: Tensors, valid: Tensor | None = None) -> Tensor:
-        """Return the loss; a failure of the function breaks the law that called it."""
+        """Return the loss; an exception or invalid result of the function breaks the law."""
         case = self.case(inputs, valid)
         result = call(self.function, case, **self.arguments(inputs, valid))
         shape = (_rows(inputs),) if self.reduction == "none" else ()
         return expect_tensor(result, shape, case)
 
     def case(self, inputs: Tensors, valid: Tensor | None = None) -> dict[str, object]:
-        """Return the arguments of a call as a message shows them."""
+        """Return the arguments of a call by name, for messages."""
         return {**inputs, **({} if valid is None else {str(self.valid): valid})}
 
     def arguments(self, inputs: Tensors, valid: Tensor | None = None) -> dict[str, Tensor]:
-        """Return all arguments of a call; a mask that is not given is true everywhere."""
+        """Return all arguments of a call; a missing mask is all true."""
         if self.valid is None:
             return dict(inputs)
         everywhere = torch.ones(_rows(inputs), dtype=torch.bool, device="cpu")
@@ -110,12 +110,12 @@ class Loss(Subject):
 
     def gradient(self, inputs: Tensors, valid: Tensor | None = None) -> dict[str, Tensor]:
         """Return the gradient of the summed loss by each trained argument; none breaks the law."""
-        held = self.leaves(inputs, self.trained)
-        leaves = {name: held[name] for name in self.trained}
-        return gradients(self(held, valid).sum(), leaves, self.case(inputs, valid))
+        copies = self.leaves(inputs, self.trained)
+        leaves = {name: copies[name] for name in self.trained}
+        return gradients(self(copies, valid).sum(), leaves, self.case(inputs, valid))
 
     def leaves(self, inputs: Tensors, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return copies, those of ``names`` with a gradient of their own."""
+        """Return copies of the inputs; those in ``names`` require a gradient."""
         return {k: x.detach().clone().requires_grad_(k in names) for k, x in inputs.items()}
 
     def draw(self, *, dtype: torch.dtype = torch.float64) -> st.SearchStrategy[dict[str, Tensor]]:
@@ -153,11 +153,11 @@ def _needs_valid(f: Loss) -> str | None:
 
 @LOSS.law(
     why="A gradient into the old policy, the advantage or the target optimizes something else, or "
-    "holds the graph of the rollout in memory.",
+    "keeps the graph of the rollout in memory.",
     skip=lambda f: None if f.detaches else "the caller detaches the constants",
 )
 def constants(f: Loss, data: DataObject) -> None:
-    """Constants get no gradient, even if the caller forgot to detach them."""
+    """Constants get no gradient, even if the caller did not detach them."""
     inputs = data.draw(f.draw())
     held = f.leaves(inputs, inputs)
     leaves = {name: x for name, x in held.items() if name not in f.trained}
@@ -175,7 +175,7 @@ def constants(f: Loss, data: DataObject) -> None:
     skip=lambda f: None if f.reduction == "none" else "the loss is a mean over rows",
 )
 def slice_equals_whole(f: Loss, data: DataObject) -> None:
-    """A row alone gives what it gives in a batch."""
+    """A row has the same loss alone and in a batch."""
     inputs = data.draw(f.draw())
     row = data.draw(st.integers(0, ROWS - 1))
     alone = f({name: x[row : row + 1] for name, x in inputs.items()})
@@ -183,12 +183,12 @@ def slice_equals_whole(f: Loss, data: DataObject) -> None:
 
 
 @LOSS.law(
-    why="Rows of lost rewards hold NaN or stale numbers; NaN times a mask of 0 is NaN, and "
-    "advantage 0 in place of a mask still pulls toward the old policy under DiffusionNFT.",
+    why="Rows of lost rewards contain NaN or stale numbers; NaN times a mask of 0 is NaN, and in "
+    "DiffusionNFT advantage 0 in place of a mask still pulls toward the old policy.",
     skip=_needs_valid,
 )
 def mask_equals_deletion(f: Loss, data: DataObject) -> None:
-    """A masked row adds nothing to value and gradient, whatever it holds, NaN included."""
+    """A masked row adds nothing to value and gradient, for any content including NaN."""
     inputs = data.draw(f.draw())
     lost = data.draw(st.integers(0, ROWS - 1))
     valid = torch.arange(ROWS, device="cpu") != lost
@@ -215,7 +215,7 @@ def mask_equals_deletion(f: Loss, data: DataObject) -> None:
     why="One NaN in a gradient is NaN in every weight after the step.",
 )
 def finite(f: Loss, data: DataObject) -> None:
-    """Value and gradient are finite on finite inputs, also where latents of a row are equal."""
+    """Value and gradient are finite on finite inputs, even if latents of a row are equal."""
     inputs = _equal_latents(f, data.draw(f.draw()), data)
     for what, x in {"loss": f(inputs), **f.gradient(inputs)}.items():
         if not bool(x.isfinite().all()):
@@ -223,10 +223,10 @@ def finite(f: Loss, data: DataObject) -> None:
 
 
 @LOSS.law(
-    why="A detach in the wrong place gives a loss that falls and a gradient that points elsewhere.",
+    why="A misplaced detach gives a gradient that is not that of the reported loss.",
 )
 def gradient_of_value(f: Loss, data: DataObject) -> None:
-    """The gradient is that of the value."""
+    """The gradient equals finite differences of the value."""
     inputs = _generic(f, data)
     got = f.gradient(inputs)
     for name in f.trained:
@@ -240,10 +240,10 @@ def gradient_of_value(f: Loss, data: DataObject) -> None:
 
 @LOSS.law(
     why="Gauss-Newton and influence estimates use them; the square root inside a norm makes them "
-    "NaN, or 0 in silence, at an error of exactly 0, which is the first update after a sync.",
+    "NaN, or silently 0, at an error of exactly 0, as in the first update after a sync.",
 )
 def second_derivatives(f: Loss, data: DataObject) -> None:
-    """Second derivatives are those of the gradient, also where latents of a row are equal."""
+    """Second derivatives equal finite differences of the gradient, even if latents are equal."""
     inputs = _equal_latents(f, _generic(f, data), data)
     for name in f.trained:
         direction = _direction(inputs[name], data)
@@ -263,11 +263,11 @@ def second_derivatives(f: Loss, data: DataObject) -> None:
 
 
 @LOSS.law(
-    why="A slice that is one short, a broadcast in place of a difference or a forgotten channel "
-    "leaves weights where they are.",
+    why="After an off-by-one slice, a wrong broadcast or a forgotten channel some weights never "
+    "train.",
 )
 def every_entry(f: Loss, data: DataObject) -> None:
-    """Every entry of a trained argument gets a gradient, on some inputs."""
+    """Every entry of a trained argument gets a gradient on some inputs."""
     generator = _generator(data)
     inputs = f.sample(generator)
     idle = {name: torch.ones_like(inputs[name], dtype=torch.bool) for name in f.trained}
@@ -283,8 +283,8 @@ def every_entry(f: Loss, data: DataObject) -> None:
 
 
 @LOSS.law(
-    why="Half precision has three digits at most: a ratio of 1.001 is a ratio of 1, and a mean "
-    "over rows loses most of them.",
+    why="Half precision has at most three digits: a ratio of 1.001 may round to 1, and a mean over "
+    "rows loses most digits.",
 )
 def half_precision(f: Loss, data: DataObject) -> None:
     """Half-precision inputs are refused, or give the float32 result within their rounding."""
@@ -311,11 +311,11 @@ def default_dtype_and_device(f: Loss, data: DataObject) -> None:
 
 
 @LOSS.law(
-    why="A graph break in the loss splits the training step, and a value that was traced as a "
-    "constant is wrong from the second call on.",
+    why="A graph break in the loss splits the training step, and a value traced as a constant is "
+    "wrong from the second call on.",
 )
 def compiled_equals_eager(f: Loss, data: DataObject) -> None:
-    """Compiled it gives what it gives eagerly, without a graph break."""
+    """The compiled loss equals the eager one, without a graph break."""
     inputs = data.draw(f.draw())
     with _torch_own_warnings():
         got = call(f.compiled, inputs, **f.arguments(inputs))
@@ -323,11 +323,11 @@ def compiled_equals_eager(f: Loss, data: DataObject) -> None:
 
 
 @LOSS.law(
-    why="Per-sample gradients and ensembles run a loss under torch.func.vmap, where a tensor has "
-    "no values: a check that reads them in Python stops the call.",
+    why="Per-sample gradients and ensembles run a loss under torch.func.vmap, where Python code "
+    "cannot read the values of tensors: a check that does so raises.",
 )
 def under_vmap(f: Loss, data: DataObject) -> None:
-    """Under ``vmap`` it gives what a loop gives."""
+    """The loss under ``vmap`` equals that of a loop."""
 
     def by_name(inputs: Tensors) -> Any:
         return f.function(**f.arguments(inputs))
@@ -357,10 +357,10 @@ def check_loss(
     Args:
         function: maps tensors by name to [M], or to the mean over rows.
         inputs: name of each argument to its role, as in ``Loss``.
-        trained: names that get a gradient; all others are constants.
+        trained: names of arguments that get a gradient; all others are constants.
         reduction: "none" or "mean".
-        valid: name of the mask argument; ``None`` where there is none.
-        detaches: it detaches its constants itself, so that one with a gradient does no harm.
+        valid: name of the mask argument; ``None``: there is no mask.
+        detaches: the function detaches its constants, so they may require a gradient.
         tolerance: relative difference that counts as rounding.
         float32: half-precision inputs give the result of float32, in float32.
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
@@ -383,7 +383,7 @@ def check_loss(
 
 
 def check_mask_name(valid: object, inputs: Iterable[str]) -> None:
-    """Raise unless ``valid`` is ``None`` or the name of an argument of its own."""
+    """Raise unless ``valid`` is ``None`` or an identifier that is not in ``inputs``."""
     if valid is not None and (not isinstance(valid, str) or not valid.isidentifier()):
         raise TypeError(f"valid: expected the name of the mask argument, or None, got {valid!r}")
     if valid is not None and valid in inputs:
@@ -395,7 +395,11 @@ def _rows(inputs: Tensors) -> int:
 
 
 def _generic(f: Loss, data: DataObject) -> dict[str, Tensor]:
-    """Draw inputs, moved off the points where a clip or a maximum has a corner."""
+    """Draw inputs, shifted away from the corners of clips and maxima.
+
+    Finite differences across a corner do not equal the gradient; inputs are multiples of 1/8 or
+    1/64, so a shift of 0.01 to 0.02 avoids corners at round numbers.
+    """
     inputs = data.draw(f.draw())
     generator = _generator(data)
     for name in f.trained:
@@ -406,7 +410,7 @@ def _generic(f: Loss, data: DataObject) -> dict[str, Tensor]:
 
 
 def _equal_latents(f: Loss, inputs: dict[str, Tensor], data: DataObject) -> dict[str, Tensor]:
-    """Make the latents of some rows equal, which is where errors are 0: of none, one, or all."""
+    """Make all latents of some rows (none, one or both) equal, so that errors are exactly 0."""
     latents = [name for name, role in f.inputs.items() if role == "latent"]
     equal = [row for row in range(ROWS) if data.draw(st.booleans())]
     made = {name: inputs[name].clone() for name in latents}
@@ -425,19 +429,19 @@ def _generator(data: DataObject) -> torch.Generator:
 
 @contextmanager
 def _torch_own_warnings() -> Iterator[None]:
-    """Ignore what torch says of its own parts, where the caller turns warnings into errors."""
+    """Ignore torch's deprecation warnings of its own code, even if warnings are errors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
 
 
 def _difference_step(f: Loss, inputs: Tensors) -> tuple[float, float]:
-    """Step of a central difference and its tolerance, for the dtype that the loss computes in."""
+    """Return step and tolerance of a central difference, by the dtype of the loss."""
     return (1e-6, 1e-4) if f(inputs).dtype == torch.float64 else (1e-2, 1e-2)
 
 
 def _curvature(f: Loss, inputs: Tensors, name: str, direction: Tensor) -> tuple[Tensor, Tensor]:
-    """Hessian times direction by two backward passes, and forward over reverse."""
+    """Return Hessian times direction, by two backward passes and by forward over reverse."""
     case = {**inputs, "direction": direction}
 
     def total(x: Tensor) -> Tensor:
@@ -456,5 +460,5 @@ def _curvature(f: Loss, inputs: Tensors, name: str, direction: Tensor) -> tuple[
     except Exception as error:
         if not any(words in str(error) for words in ("forward AD", "ZeroTensor")):
             fail(case, "a result", Raised(error))
-        forward = twice  # torch has no forward derivative of a part, such as mse_loss's mean
+        forward = twice  # torch lacks forward derivatives of some operations, such as mse_loss
     return twice.detach(), forward.detach()

@@ -1,6 +1,6 @@
-"""Laws of running averages, adapters, saved weights and replayed rollouts, on a user's own model.
+"""Laws of running averages, adapters, saved weights and replayed rollouts, on your own model.
 
-They take callables that act on the model, and draw no cases except for averages.
+They take callables that act on the model; only the laws of averages draw cases.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ class Average(Subject):
 ADAPTER = About(
     "adapter-starts-as-no-op",
     "a fresh adapter changes no velocity, and can be trained",
-    "Reference and current policy differ before the first update, or nothing learns.",
+    "Otherwise reference and current policy differ before the first update, or nothing trains.",
 )
 PARAMETERS = About(
     "parameters-are-the-trained-ones",
     "the optimizer gets each trained parameter once, and no other",
-    "A parameter that is listed twice is stepped and averaged twice; one left out never learns.",
+    "A parameter listed twice is updated and averaged twice; a missing one is never trained.",
 )
 REFERENCE = About(
     "reference-is-the-base-model",
@@ -50,12 +50,12 @@ REFERENCE = About(
 SAVED = About(
     "saved-file-loads-to-the-same-velocity",
     "a saved file brings the same velocity back",
-    "A key that no module takes is dropped in silence, and the base model is evaluated.",
+    "Keys that match no module are silently dropped, and the base model is evaluated.",
 )
 REPLAY = About(
     "fresh-rollout-replays-with-ratio-1",
-    "the policy that just sampled gives each stored step the log-prob that was stored",
-    "A ratio off by more than the clip range clips every row before anything was learned.",
+    "the sampling policy reproduces the stored log-prob of each step",
+    "Ratios that deviate by more than the clip range clip every row before the first update.",
 )
 #: Laws of running averages of parameters, for ``Average``.
 AVERAGE: Laws[Average] = Laws(
@@ -77,7 +77,7 @@ def _moved(
 
 
 @AVERAGE.law(
-    why="A decay applied to the wrong side makes the old policy follow at once, or never.",
+    why="A decay applied to the wrong side makes the old policy follow immediately, or never.",
 )
 def exact(f: Average, data: DataObject) -> None:
     """Each parameter becomes decay * old + (1 - decay) * current."""
@@ -89,10 +89,10 @@ def exact(f: Average, data: DataObject) -> None:
 
 
 @AVERAGE.law(
-    why="On-policy training relies on equal policies having ratio exactly 1.",
+    why="On-policy training relies on a ratio of exactly 1 between equal policies.",
 )
 def ends(f: Average, data: DataObject) -> None:
-    """Decay 0 copies and decay 1 keeps, bit for bit, into memory of its own."""
+    """Decay 0 copies and decay 1 keeps, bit for bit and without shared memory."""
     decay = data.draw(st.sampled_from([0.0, 1.0]))
     old, current, moved, given = _moved(f, data, decay)
     expected = current if decay == 0 else old
@@ -100,18 +100,18 @@ def ends(f: Average, data: DataObject) -> None:
     for target, got in zip(expected, moved, strict=True):
         if not torch.equal(got, target):
             fail(case, target, got)
-    for x in given:
+    for x in given:  # reveals results that share memory with current
         x.add_(1)
     if not all(torch.equal(a, b) for a, b in zip(moved, expected, strict=True)):
         fail(case, "old as it was when current moves on", moved)
 
 
 @AVERAGE.law(
-    why="A graph that grows with each update runs out of memory after hours; a policy that the "
-    "average froze is trained no more.",
+    why="A graph that grows with each update exhausts the memory after hours; a policy that the "
+    "average has frozen stops training.",
 )
 def without_graph(f: Average, data: DataObject) -> None:
-    """Parameters that need a gradient are moved outside the graph, and still need one."""
+    """Parameters that require gradients are updated outside the graph, and still require them."""
     old = [nn.Parameter(data.draw(tensors((2,), dtype=torch.float32)))]
     current = [nn.Parameter(data.draw(tensors((2,), dtype=torch.float32)))]
     before = current[0].detach().clone()
@@ -158,20 +158,21 @@ def check_adapter(
 ) -> None:
     """Check that a fresh adapter is a no-op, is trained alone, and gets a gradient.
 
-    With ``reference``, the adapter's parameters are moved for a moment, to see that the velocity
-    moves and the reference does not.
+    With ``reference``, the adapter's parameters are changed temporarily, to check that the velocity
+    changes and the reference does not.
 
     Args:
-        model: the model that the adapter goes into.
-        velocity: runs the model on fixed inputs; called before and after.
+        model: model that receives the adapter.
+        velocity: runs the model on fixed inputs; called before and after ``add``.
         add: adds the adapter to the model.
-        parameters: returns what the optimizer gets, after ``add``; checked to be what is trained.
+        parameters: returns the optimizer's parameters, after ``add``; they must be the trained
+            ones.
         reference: runs the model without the adapter on the same inputs, after ``add``.
-        tolerance: largest relative difference of the velocity; 0 demands equal bits.
+        tolerance: largest relative difference of the velocity; 0 requires equal bits.
 
     Raises:
-        LawBroken: the velocity changes, no parameter needs a gradient or none gets one, the
-            optimizer gets others than the trained ones, or the reference is not the base model.
+        LawBroken: the velocity changes, no parameter requires a gradient or none gets one, the
+            optimizer's parameters are not the trained ones, or the reference is not the base model.
 
     Source: LoRA (arXiv 2106.09685), whose second factor starts at 0.
 
@@ -204,6 +205,7 @@ def check_adapter(
             "none" if not trained else "none is used",
             ADAPTER,
         )
+    # One nonzero gradient is enough: in a fresh LoRA only the factor that starts at 0 has one.
     grads = torch.autograd.grad(after.square().sum(), list(trained.values()), allow_unused=True)
     if not any(grad is not None and bool((grad != 0).any()) for grad in grads):
         fail(case, "a gradient other than 0 by an adapter's parameter", "none", ADAPTER)
@@ -259,13 +261,13 @@ def check_saved(
         change: changes the policy, as an update does.
         save: writes the policy.
         load: reads it back.
-        elsewhere: loads the file as others do, such as into a plain pipeline, and returns the
-            velocity of that on the same inputs; a lost scale shows only there.
-        tolerance: largest relative difference of the velocity; 0 demands equal bits.
+        elsewhere: loads the file by other software, such as into a plain pipeline, and returns its
+            velocity on the same inputs; a lost LoRA scale is only visible there.
+        tolerance: largest relative difference of the velocity; 0 requires equal bits.
 
     Raises:
         LawBroken: ``change`` changes no velocity, so that the check would prove nothing, or the
-            velocity after ``load``, or ``elsewhere``, is not that of ``save``.
+            velocity after ``load``, or ``elsewhere``, differs from that at ``save``.
 
     Source: conventions of this library; see docs/testing.md.
 
@@ -289,7 +291,7 @@ def check_saved(
         if elsewhere is not None:
             case = {"after": "load elsewhere"}
             expect_close(elsewhere(), saved, case, tolerance=tolerance, about=SAVED)
-        change()
+        change()  # otherwise a load that does nothing would pass
         if torch.equal(velocity(), saved):
             fail({}, "another velocity after the second change", "the same one", SAVED)
         load()
@@ -309,7 +311,7 @@ def check_replay(
     Raises:
         LawBroken: a ratio deviates, is not finite, or the replay has no gradient.
 
-    Source: Flow-GRPO (arXiv 2505.05470); its users' reports of ratios off by 2e-5 to 5e-4.
+    Source: Flow-GRPO (arXiv 2505.05470); its users report ratios off by 2e-5 to 5e-4.
 
     Example:
         >>> old = torch.tensor([-1.0, -2.0])

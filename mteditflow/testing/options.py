@@ -1,4 +1,4 @@
-"""The function under test and its options: what every kind checks before it draws a case."""
+"""The function under test and its options, with the checks that all kinds share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Subject:
-    """A function under test; the types of its options are checked.
+    """A function under test; types and ranges of its options are checked on creation.
 
     Attributes:
         function: function under test.
@@ -22,7 +22,7 @@ class Subject:
 
     def __post_init__(self) -> None:
         check_function(self.function, classes=self.takes_classes)
-        for option in fields(self)[1:]:
+        for option in fields(self)[1:]:  # the first field is the function
             value, kind = getattr(self, option.name), str(option.type)
             if kind == "bool" and not isinstance(value, bool):
                 raise TypeError(f"{option.name}: expected True or False, got {value!r}")
@@ -33,12 +33,12 @@ class Subject:
 
     @property
     def takes_classes(self) -> bool:
-        """Whether a class may stand for the function."""
+        """Whether a class is accepted in place of a function."""
         return False
 
 
 def check_function(function: object, *, classes: bool = False) -> None:
-    """Raise ``TypeError`` unless a call of ``function`` returns its result."""
+    """Raise ``TypeError`` unless ``function`` is callable and returns its result directly."""
     name = getattr(function, "__name__", type(function).__name__)
     if not callable(function):
         raise TypeError(f"function: expected a callable, got {type(function).__name__}")
@@ -56,12 +56,12 @@ def check_function(function: object, *, classes: bool = False) -> None:
 
 
 def check_number(name: str, value: object, *, high: float = math.inf, none: bool = False) -> None:
-    """Raise unless ``value`` is a number in [0, high), or ``None`` where that is allowed."""
+    """Raise unless ``value`` is a number in [0, high), or ``None`` if ``none`` is set."""
     if none and value is None:
         return
     interval = "a number >= 0" if high == math.inf else f"a number in [0, {high:g})"
     message = f"{name}: expected {interval}{', or None' * none}, got {value!r}"
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, Real):  # a bool is an int in Python
         raise TypeError(message)
     if not 0 <= float(value) < high:
         raise ValueError(message)

@@ -1,13 +1,13 @@
 """pytest plugin: one test per law, with the law's name as its id.
 
-Switch it on in ``conftest.py`` by ``pytest_plugins = ["mteditflow.testing.plugin"]``, then::
+Enable it in ``conftest.py`` by ``pytest_plugins = ["mteditflow.testing.plugin"]``, then::
 
     @pytest.mark.laws("advantage", my_package.advantage, signature="numpy")
     def test_my_advantage(law):
         law()
 
-A law that does not apply to the function is a skipped test with the reason. The fixture
-``faulty_endpoint`` is an HTTP endpoint that fails, once for each way in ``endpoint.FAULTS``.
+A law that does not apply to the function is a skipped test with the reason. A test with the fixture
+``faulty_endpoint``, a failing HTTP endpoint, runs once for each failure in ``endpoint.FAULTS``.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from mteditflow.testing.law import EXAMPLES, Law, check_search
 
 @dataclass(frozen=True)
 class BoundLaw:
-    """A law with the function under test; call it to check.
+    """A law bound to the function under test; call it to check.
 
     Attributes:
         law: the law.
-        subject: the function, wrapped with its options.
-        examples: cases to draw.
+        subject: the function under test with its options.
+        examples: number of cases to draw.
         seed: as in ``Law.check``.
-        calls: one entry per call.
+        calls: one entry per call, so that the plugin can detect a law that was not checked.
     """
 
     law: Law[Any]
@@ -46,7 +46,7 @@ class BoundLaw:
         """Search for a counterexample.
 
         Raises:
-            LawBroken: one was found.
+            LawBroken: a counterexample was found.
         """
         __tracebackhide__ = True
         self.calls.append(None)
@@ -54,7 +54,7 @@ class BoundLaw:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marker."""
+    """Register the marker ``laws``."""
     config.addinivalue_line(
         "markers",
         "laws(kind, function, *, examples=200, seed=0, only=(), without=(), **options): one test "
@@ -63,7 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Turn the marker into one test per law."""
+    """Parametrize a marked test with one law per case."""
     marker = metafunc.definition.get_closest_marker("laws")
     if marker is None:
         return
@@ -81,7 +81,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, object]:
-    """Fail a test that passes without having called its law."""
+    """Fail a passing test that never called its law."""
     result = yield
     law = pyfuncitem.funcargs.get("law")
     if isinstance(law, BoundLaw) and not law.calls:
@@ -91,7 +91,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Generator[None, object, o
 
 @pytest.fixture(params=list(FAULTS))
 def faulty_endpoint(request: pytest.FixtureRequest) -> Iterator[ScriptedServer]:
-    """Endpoint whose every response fails in one way; its ``url`` ends in /v1."""
+    """Yield an endpoint with one failure in all responses; its ``url`` ends in /v1."""
     behavior = FAULTS[request.param]
     with ScriptedServer(lambda _: completion("4"), repeat(behavior)) as endpoint:
         yield endpoint

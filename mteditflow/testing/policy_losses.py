@@ -30,11 +30,11 @@ class PolicyLoss(Subject):
 
     Attributes:
         function: called as ``function(log_prob, old_log_prob, advantage)``, all [M].
-        reduction: "none" where it returns [M], "mean" where it returns the mean over rows.
-        valid: name of the mask argument, ``None`` where there is none.
-        clip_low: how far the ratio may fall below 1; ``None``: nothing is clipped.
-        clip_high: how far the ratio may rise above 1.
-        detaches: it detaches old log-probs and advantages itself.
+        reduction: "none" if it returns [M], "mean" if it returns the mean over rows.
+        valid: name of the mask argument; ``None``: there is no mask.
+        clip_low: largest decrease of the ratio below 1; ``None``: no clipping.
+        clip_high: largest increase of the ratio above 1; ``None``: no clipping.
+        detaches: the function detaches old log-probs and advantages itself.
         tolerance: relative difference that counts as rounding.
         float32: half-precision inputs give the result of float32, in float32.
     """
@@ -58,7 +58,7 @@ class PolicyLoss(Subject):
 
     @cached_property
     def loss(self) -> Loss:
-        """The same function, as any loss."""
+        """The same function as a ``Loss``, for the laws of all losses."""
 
         def by_name(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, **mask: Any) -> Any:
             return self.function(log_prob, old_log_prob, advantage, **mask)
@@ -76,14 +76,15 @@ class PolicyLoss(Subject):
         )
 
     def gradient(self, log_ratio: Tensor, advantage: Tensor, old: Tensor | None = None) -> Tensor:
-        """Return the gradient by the log-probs of the summed loss, [M]."""
+        """Return the gradient of the summed loss by the log-probs, [M]."""
         old = torch.zeros_like(log_ratio) if old is None else old
         inputs = {"log_prob": old + log_ratio, "old_log_prob": old, "advantage": advantage}
+        # A mean divides each row's gradient by the number of rows; undo it.
         rows = len(log_ratio) if self.reduction == "mean" else 1
         return self.loss.gradient(inputs)["log_prob"] * rows
 
 
-#: Laws of policy-gradient surrogates, for ``PolicyLoss``; those of all losses among them.
+#: Laws of policy-gradient surrogates, for ``PolicyLoss``, including those of all losses.
 POLICY_LOSS: Laws[PolicyLoss] = Laws(
     "policy-loss",
     PolicyLoss,
@@ -111,12 +112,14 @@ def on_policy_gradient(f: PolicyLoss, data: DataObject) -> None:
 )
 def policy_gradient(f: PolicyLoss, data: DataObject) -> None:
     """Its gradient is the policy gradient of a Gaussian policy, known in closed form."""
+    # Multiples of 1/8 in [-1, 1]: eighths maps bytes from 81 on to negative numbers.
     near = st.integers(0, 16).map(lambda byte: eighths(byte % 9 if byte < 9 else 72 + byte))
     policy = GaussianPolicy(data.draw(near), data.draw(st.sampled_from([0.25, 0.5, 1.0])))
     goal = data.draw(near)
     action, weight = policy.quadrature()
     mean = torch.tensor(policy.mean, dtype=torch.float64, requires_grad=True, device="cpu")
     log_prob = GaussianPolicy.log_density(action, mean, policy.std)
+    # The quadrature's weights make the sum over rows the exact expectation of the policy gradient.
     advantage = -0.5 * (action - goal) ** 2 * weight
     rows = len(action) if f.reduction == "mean" else 1
     loss = f.loss({"log_prob": log_prob, "old_log_prob": log_prob.detach(), "advantage": advantage})
@@ -127,11 +130,11 @@ def policy_gradient(f: PolicyLoss, data: DataObject) -> None:
 
 
 @POLICY_LOSS.law(
-    why="Without it one batch moves the policy without bound.",
+    why="Without clipping one batch can move the policy without bound.",
     skip=lambda f: "nothing is clipped" if f.clip_low is None else None,
 )
 def clipped_side(f: PolicyLoss, data: DataObject) -> None:
-    """Beyond the clip range, on the side already won, the gradient is exactly 0."""
+    """Beyond the clip range, in the direction that the advantage favors, the gradient is 0."""
     _clipped(f, data, data.draw(st.sampled_from([0.001, 0.1, 1.0, 10.0])))
 
 
@@ -141,13 +144,12 @@ def clipped_side(f: PolicyLoss, data: DataObject) -> None:
     skip=lambda f: "nothing is clipped" if f.clip_low is None else None,
 )
 def far_ratios(f: PolicyLoss, data: DataObject) -> None:
-    """A ratio that overflows leaves a clipped sample's gradient at 0."""
+    """A clipped sample's gradient is 0 even if its ratio overflows."""
     _clipped(f, data, data.draw(st.sampled_from([100.0, 1000.0])))
 
 
 @POLICY_LOSS.law(
-    why="A range tighter than the one that a paper states stops updates early, and its results are "
-    "not those of the paper.",
+    why="A range tighter than stated stops updates early, so a paper's results are not reproduced.",
     skip=lambda f: "nothing is clipped" if f.clip_low is None else None,
 )
 def inside_the_range(f: PolicyLoss, data: DataObject) -> None:
@@ -164,11 +166,11 @@ def inside_the_range(f: PolicyLoss, data: DataObject) -> None:
 
 
 @POLICY_LOSS.law(
-    why="Clipped on both sides, a sample that went wrong stays there; without its ratio it has the "
-    "weight of the policy that drew it.",
+    why="With clipping on both sides, a sample whose ratio moved against its advantage gets no "
+    "gradient back; without the ratio it has the weight of the sampling policy.",
 )
 def wrong_side(f: PolicyLoss, data: DataObject) -> None:
-    """A sample that drifted to the wrong side is pulled back with gradient -ratio * advantage."""
+    """A ratio that moved against its advantage has gradient -ratio * advantage, unclipped."""
     up = data.draw(st.sampled_from([0.05, 0.25, 0.5, 1.05]))  # a dual clip starts at a ratio of 3
     down = data.draw(st.sampled_from([0.05, 0.25, 0.5, 3.0]))
     good = data.draw(st.sampled_from([0.5, 1.0, 3.0]))
@@ -197,8 +199,8 @@ class NFTLoss(Subject):
     Attributes:
         function: called as ``function(velocity, old_velocity, target, r, nft_beta=b)`` with latents
             [M, ...] and r [M]; returns [M], each the mean over the elements of a row.
-        valid: name of the mask argument, ``None`` where there is none.
-        detaches: it detaches old velocity and target itself.
+        valid: name of the mask argument; ``None``: there is no mask.
+        detaches: the function detaches old velocity and target itself.
         tolerance: relative difference that counts as rounding.
         float32: half-precision inputs give the result of float32, in float32.
     """
@@ -214,7 +216,7 @@ class NFTLoss(Subject):
 
     @cached_property
     def loss(self) -> Loss:
-        """The same function, as any loss, at ``nft_beta`` 1/2."""
+        """The same function as a ``Loss`` with ``nft_beta`` 1/2, for the laws of all losses."""
 
         def by_name(
             velocity: Tensor, old_velocity: Tensor, target: Tensor, r: Tensor, **mask: Any
@@ -228,7 +230,7 @@ class NFTLoss(Subject):
         )  # fmt: skip
 
     def __call__(self, inputs: Tensors, b: float) -> Tensor:
-        """Return [M]; a failure of the function breaks the law that called it."""
+        """Return [M]; an exception or invalid result of the function breaks the law."""
         case = {**inputs, "nft_beta": b}
         arguments = [inputs[name] for name in ("velocity", "old_velocity", "target", "r")]
         mask = {k: x for k, x in self.loss.arguments(inputs).items() if k == self.valid}
@@ -236,13 +238,13 @@ class NFTLoss(Subject):
         return expect_tensor(loss, inputs["r"].shape, case)
 
     def gradient(self, inputs: Tensors, b: float) -> Tensor:
-        """Return the gradient by the velocity of the summed loss."""
+        """Return the gradient of the summed loss by the velocity."""
         leaf = {"velocity": inputs["velocity"].clone().requires_grad_()}
         total = self({**inputs, **leaf}, b).sum()
         return gradients(total, leaf, {**inputs, "nft_beta": b})["velocity"]
 
 
-#: Laws of DiffusionNFT losses, for ``NFTLoss``; those of all losses among them.
+#: Laws of DiffusionNFT losses, for ``NFTLoss``, including those of all losses.
 NFT_LOSS: Laws[NFTLoss] = Laws(
     "nft-loss",
     NFTLoss,
@@ -255,11 +257,13 @@ _BETAS = st.sampled_from([0.1, 0.5, 1.0, 2.0])
 
 
 @NFT_LOSS.law(
-    why="r = 1 must pull toward the sample, r = 0 push away, in proportion to b; the loss of one "
-    "branch alone does neither.",
+    why="r = 1 must pull toward the sample, r = 0 push away, in proportion to b; one of the two "
+    "branches alone cannot do both.",
 )
 def gradient_at_the_old_policy(f: NFTLoss, data: DataObject) -> None:
     """At the old policy the gradient is 2 b (2r - 1) (old velocity - target) per element."""
+    # Branches v+ = (1 - b) v_old + b v and v- = (1 + b) v_old - b v, weighted r and 1 - r: at
+    # v = v_old their gradients are +2 b and -2 b times the error.
     inputs, b = data.draw(f.loss.draw()), data.draw(_BETAS)
     inputs["velocity"] = inputs["old_velocity"].clone()
     elements = inputs["target"][0].numel()
@@ -270,11 +274,11 @@ def gradient_at_the_old_policy(f: NFTLoss, data: DataObject) -> None:
 
 
 @NFT_LOSS.law(
-    why="This is the policy that DiffusionNFT's Eq. 25 promises; other weights of the two branches "
-    "have another one.",
+    why="This is the optimal policy of DiffusionNFT's Eq. 25; other weights of the two branches "
+    "have another optimum.",
 )
 def minimum(f: NFTLoss, data: DataObject) -> None:
-    """The minimum is the old velocity moved by (1 - 2r) / b times its error."""
+    """The minimum is the old velocity plus (1 - 2r) / b times its error."""
     inputs, b = data.draw(f.loss.draw()), data.draw(_BETAS)
     r = inputs["r"][:, None]
     old, target = inputs["old_velocity"], inputs["target"]
@@ -287,7 +291,7 @@ def minimum(f: NFTLoss, data: DataObject) -> None:
     why="With a perfect sample the loss must reduce to supervised training on it.",
 )
 def flow_matching(f: NFTLoss, data: DataObject) -> None:
-    """R = 1, b = 1 is flow matching."""
+    """With r = 1 and b = 1 the loss is the flow-matching loss."""
     inputs = data.draw(f.loss.draw())
     inputs["r"] = torch.ones_like(inputs["r"])
     expected = (inputs["velocity"] - inputs["target"]).square().flatten(1).mean(1)
@@ -311,10 +315,10 @@ def check_policy_loss(
     Args:
         function: maps three tensors [M] to [M], or to the mean over rows.
         reduction: "none" or "mean".
-        valid: name of the mask argument; ``None`` where there is none.
-        clip_low: how far the ratio may fall below 1; ``None``: nothing is clipped.
-        clip_high: how far the ratio may rise above 1.
-        detaches: it detaches its constants itself, so that one with a gradient does no harm.
+        valid: name of the mask argument; ``None``: there is no mask.
+        clip_low: largest decrease of the ratio below 1; ``None``: no clipping.
+        clip_high: largest increase of the ratio above 1; ``None``: no clipping.
+        detaches: the function detaches its constants, so they may require a gradient.
         tolerance: relative difference that counts as rounding.
         float32: half-precision inputs give the result of float32, in float32.
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
@@ -351,8 +355,8 @@ def check_nft_loss(
     Args:
         function: called as ``function(velocity, old_velocity, target, r, nft_beta=b)`` with latents
             [M, ...] and r [M]; returns [M].
-        valid: name of the mask argument; ``None`` where there is none.
-        detaches: it detaches its constants itself, so that one with a gradient does no harm.
+        valid: name of the mask argument; ``None``: there is no mask.
+        detaches: the function detaches its constants, so they may require a gradient.
         tolerance: relative difference that counts as rounding.
         float32: half-precision inputs give the result of float32, in float32.
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
@@ -378,7 +382,7 @@ def _unclipped(f: PolicyLoss, log_ratio: Tensor, advantage: Tensor) -> None:
 
 
 def _clipped(f: PolicyLoss, data: DataObject, over: float) -> None:
-    """Expect gradient 0 where the log-ratio is ``over`` the clip range, on the side won."""
+    """Expect gradient 0 if the log-ratio exceeds the clip range by ``over`` on the favored side."""
     assert f.clip_low is not None
     assert f.clip_high is not None
     good = data.draw(st.sampled_from([0.5, 1.0, 3.0]))

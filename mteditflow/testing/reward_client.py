@@ -1,4 +1,4 @@
-"""The law of clients of rewards: a lost answer is never a number."""
+"""The law of reward clients: a lost answer is never a number."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mteditflow.testing.law import About, fail
 LOST = About(
     "lost-answer-is-never-a-number",
     "an answer that did not arrive, or cannot be read, is no reward",
-    "Training on 0 or 0.5 in place of a lost answer lowers what a run reaches.",
+    "Training on 0 or 0.5 in place of a lost answer lowers the final reward of a run.",
 )
 
 
@@ -32,17 +32,19 @@ def check_reward_client(
     """Check that a client of rewards never turns a lost answer into a number.
 
     Args:
-        ask: takes the base URL of an endpoint and returns a reward: a number, or ``None``, NaN or
-            an exception where it was lost. A client that retries may do so; give it short waits.
-        answer: request JSON to the JSON of the right response; a chat completion of "4" by default.
-        faults: name to behavior, ``FAULTS`` by default; each is met by every request of one call of
-            ``ask``.
+        ask: function from the base URL of an endpoint to a reward: a number, or ``None``, NaN or
+            an exception if it is lost. Retries are allowed; configure short waits.
+        answer: function from a request's JSON to the JSON of the right response; by default a chat
+            completion of "4".
+        faults: behavior by name, ``FAULTS`` by default; in one call of ``ask`` all requests meet
+            the same fault.
 
     Raises:
-        LawBroken: a finite number comes back from a fault, or none from a sound endpoint.
+        LawBroken: a fault gives a finite number, or a sound endpoint gives none.
         TypeError: ``ask`` is asynchronous.
 
-    Source: MT-EditFlow (arXiv 2606.01985), rewards; peers return 0 or 0.5 for a failed judge.
+    Source: MT-EditFlow (arXiv 2606.01985), rewards; other trainers return 0 or 0.5 for a failed
+    judge.
 
     Example:
         >>> import json, urllib.request
@@ -79,7 +81,11 @@ class _AsynchronousError(Exception):
 
 
 def _reward(ask: Callable[[str], object], url: str) -> object:
-    """Return a finite reward as a float, and anything else as words."""
+    """Return a finite reward as a float, and anything else as text.
+
+    Raises:
+        TypeError: the client returned a coroutine.
+    """
     try:
         result = ask(url)
         if inspect.iscoroutine(result):
@@ -93,4 +99,4 @@ def _reward(ask: Callable[[str], object], url: str) -> object:
         ) from None
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return number if number - number == 0 else f"{number}"
+    return number if number - number == 0 else f"{number}"  # inf - inf and NaN are not 0

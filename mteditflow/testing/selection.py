@@ -25,12 +25,12 @@ class Selection(Subject):
     """A selection of groups under test.
 
     Attributes:
-        function: called as ``function(reward [B], group [B], valid=valid [B])``; returns which
-            trajectories to train on, boolean [B].
+        function: called as ``function(reward [B], group [B], valid=valid [B])``; returns the mask
+            of trajectories to train on, boolean [B].
     """
 
     def __call__(self, reward: Tensor, group: Tensor, valid: Tensor) -> Tensor:
-        """Return what is kept; a failure of the function breaks the law that called it."""
+        """Return the mask of kept trajectories, [B]; an invalid result breaks the law."""
         case = {"reward": reward, "group": group, "valid": valid}
         kept = call(self.function, case, reward, group, valid=valid)
         expect_memory(kept, case)
@@ -60,10 +60,10 @@ def whole_groups(f: Selection, data: DataObject) -> None:
 
 
 @SELECTION.law(
-    why="It has no gradient, only cost; rounding of a mean can make it look informative.",
+    why="Such a group has cost but no gradient; rounding of its mean can make it look informative.",
 )
 def flat_groups_dropped(f: Selection, data: DataObject) -> None:
-    """A group of equal rewards between others is dropped, whatever their value."""
+    """A group of equal rewards between other groups is dropped, for any value."""
     value, size = data.draw(st.integers(-80, 80)) / 10, data.draw(st.integers(1, 300))
     reward = torch.full((2 + size + 2,), value, dtype=torch.float64, device="cpu")
     reward[[1, 2 + size]] = value + 1  # beside the flat group
@@ -78,7 +78,7 @@ def flat_groups_dropped(f: Selection, data: DataObject) -> None:
     why="Dropping informative groups wastes rollouts, and a lost reward trains on noise.",
 )
 def informative_groups_kept(f: Selection, data: DataObject) -> None:
-    """A group of different rewards is kept, and its invalid members are not."""
+    """Valid members of a group of different rewards are kept, and invalid ones are not."""
     batch = data.draw(reward_batches(number=signs))
     same = (batch.group[:, None] == batch.group) & batch.valid[:, None] & batch.valid
     differs = (same & (batch.reward[:, None] != batch.reward)).any(dim=1)
@@ -88,7 +88,7 @@ def informative_groups_kept(f: Selection, data: DataObject) -> None:
 
 
 @SELECTION.law(
-    why="Sorted or consecutive ids are an accident of one data loader.",
+    why="Not every data loader gives sorted or consecutive ids.",
 )
 def permutation(f: Selection, data: DataObject) -> None:
     """Shuffling the trajectories and renaming the groups changes no verdict."""
@@ -104,7 +104,7 @@ def permutation(f: Selection, data: DataObject) -> None:
 
 
 @SELECTION.law(
-    why="Counts in bfloat16 stop at 256, in float16 at 2048.",
+    why="Counting in bfloat16 stops at 256, in float16 at 2048.",
 )
 def default_dtype_and_device(f: Selection, data: DataObject) -> None:
     """The default dtype and device of torch change nothing, also in large groups."""
@@ -125,7 +125,7 @@ def check_selection(function: Callable[..., Any], **search: Any) -> None:
     """Check a selection of groups, called as ``function(reward, group, valid=valid)``.
 
     Args:
-        function: maps rewards [B] in groups to what is kept, boolean [B].
+        function: maps rewards [B] in groups to the mask of kept trajectories, boolean [B].
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
 
     Raises:

@@ -1,7 +1,7 @@
-"""Signatures: how the function under test takes rewards, groups and lost entries.
+"""Signatures: calling conventions for rewards, groups and lost entries.
 
-Every law of advantages calls one form, ``(reward [B], group [B], valid [B] or None)``. A signature
-maps that to the arguments of the function and its result back to [B].
+Every law of advantages uses one form, ``(reward [B], group [B], valid [B] or None)``. A signature
+converts it to the function's arguments, and the function's result to [B].
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Signature:
     Attributes:
         call: ``(function, reward [B], group [B], valid [B] or None) -> advantage``; the result is
             any array or list of B numbers.
-        shown: the call, as a person would write it.
-        lost: whether the function can be given lost rewards.
+        shown: the call as text, for messages.
+        lost: whether the convention can express lost rewards.
         ragged: whether groups may differ in size.
         tensors: whether the function takes torch tensors.
-        ids: dtypes of group ids that the convention has.
+        ids: dtypes of group ids that the convention allows.
     """
 
     call: Call
@@ -53,7 +53,7 @@ def _numpy(function: Callable[..., Any], reward: Tensor, group: Tensor, valid: A
 
 
 def _always_masked(call: Call) -> Call:
-    """Pass a mask that is true everywhere where no reward is lost."""
+    """Return a call that passes an all-true mask if no reward is lost."""
 
     def masked(function: Callable[..., Any], reward: Tensor, group: Tensor, valid: Any) -> Any:
         everywhere = torch.ones(len(reward), dtype=torch.bool, device="cpu")
@@ -80,11 +80,11 @@ def _records(function: Callable[..., Any], reward: Tensor, group: Tensor, valid:
 
 def _tracker(function: Callable[..., Any], reward: Tensor, group: Tensor, _: Any) -> Any:
     prompts = np.array([f"prompt {name}" for name in group.tolist()])
-    return function().update(prompts, reward.numpy())
+    return function().update(prompts, reward.numpy())  # a new tracker: it keeps statistics
 
 
 def _verl(function: Callable[..., Any], reward: Tensor, group: Tensor, _: Any) -> Any:
-    """Call with responses of 4, 3, 2, 1, 4, ... tokens; the reward is on the last."""
+    """Call with responses of 4, 3, 2, 1, 4, ... tokens, with the reward on the last token."""
     length = 4 - torch.arange(len(reward), device="cpu") % 4
     token = torch.arange(4, device="cpu")
     tokens = torch.where(token == length[:, None] - 1, reward[:, None], 0)
@@ -94,6 +94,7 @@ def _verl(function: Callable[..., Any], reward: Tensor, group: Tensor, _: Any) -
     result = function(tokens.clone(), mask.to(reward.dtype), index)
     first = result[0] if isinstance(result, (tuple, list)) and result else None
     advantage = expect_tensor(first, tokens.shape, case)
+    # NaN in a whole response is left to the laws; here only its layout over tokens is checked.
     row = advantage[:, :1].detach()
     wrong = (advantage != torch.where(mask, row, 0)) & ~(mask & row.isnan() & advantage.isnan())
     if bool(wrong.any()):
@@ -105,11 +106,11 @@ def _prompts_samples(function: Callable[..., Any], reward: Tensor, group: Tensor
     order = torch.argsort(dense_ids(group), stable=True)
     table = reward[order].reshape(len(set(group.tolist())), -1)
     result = expect_array(function(table), None, {"reward": table}).reshape(-1)
-    return torch.empty_like(result).scatter(0, order, result)
+    return torch.empty_like(result).scatter(0, order, result)  # undoes the sort by group
 
 
 def dense_ids(group: Tensor) -> Tensor:
-    """Return ids 0, 1, ... in the order of the given ones."""
+    """Return ids 0, 1, ... in the sorted order of the given ones, int64 [B]."""
     return torch.from_numpy(np.unique(group.numpy(), return_inverse=True)[1].reshape(-1))
 
 
@@ -117,7 +118,7 @@ _EVERY_ID = (
     torch.int64, torch.int32, torch.int16, torch.int8,
     torch.uint8, torch.uint16, torch.uint32, torch.uint64,
 )  # fmt: skip
-#: Name of each signature to its calling convention.
+#: Calling conventions by name.
 SIGNATURES = {
     "mteditflow": Signature(
         _tensors, "fn(reward, group, valid=valid), tensors", lost=True, tensors=True, ids=_EVERY_ID
@@ -142,16 +143,16 @@ SIGNATURES = {
 def signature_of(function: Callable[..., Any], signature: str | Signature | Call) -> Signature:
     """Return a signature by name, or that of an adapter.
 
-    "numpy" and "tensors" take ``valid`` where the function has a parameter of that name. One that
-    it requires is passed in every call, true everywhere where nothing is lost.
+    "numpy" and "tensors" pass ``valid`` if the function has a parameter of that name. If it has no
+    default, it is passed in every call, all true if nothing is lost.
 
     Args:
         function: function under test.
-        signature: a name in ``SIGNATURES``, a ``Signature``, or its ``call`` alone; the latter is
-            given lost rewards too.
+        signature: a name in ``SIGNATURES``, a ``Signature``, or a bare ``call``, which must also
+            accept lost rewards.
 
     Raises:
-        ValueError: there is no such name.
+        ValueError: the name is unknown.
     """
     if isinstance(signature, Signature):
         return signature
@@ -173,7 +174,7 @@ def signature_of(function: Callable[..., Any], signature: str | Signature | Call
 
 
 def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of a function by name; of a builtin without a signature none."""
+    """Return the parameters of a function by name; empty for a builtin without a signature."""
     try:
         return inspect.signature(function).parameters
     except (TypeError, ValueError):

@@ -31,8 +31,8 @@ class SolverStep(Subject):
     Attributes:
         function: called as ``function(x_t, velocity, sigma, next_sigma, noise_level)`` with latents
             [M, ...] and numbers; returns mean [M, ...] and std, a number or one per row.
-        noise_level: noise level at which it is checked; 0 for a solver without noise.
-        marginals: it keeps the marginals of the ODE as steps become small.
+        noise_level: noise level of the checked steps; 0 for a solver without noise.
+        marginals: the solver keeps the marginals of the ODE as steps become small.
         tolerance: relative difference that counts as rounding.
     """
 
@@ -43,7 +43,15 @@ class SolverStep(Subject):
     def __call__(
         self, x_t: Tensor, velocity: Tensor, sigma: float, next_sigma: float, noise_level: float
     ) -> tuple[Tensor, Tensor]:
-        """Return mean [M, ...] and std [M]; a failure breaks the law that called it."""
+        """Return mean [M, ...] and std, which broadcasts to it; a failure breaks the law.
+
+        Args:
+            x_t: latents, [M, ...].
+            velocity: velocities at ``x_t``, [M, ...].
+            sigma: flow time of ``x_t``.
+            next_sigma: flow time after the step.
+            noise_level: noise level of the step.
+        """
         case = _step(x_t, velocity, sigma, next_sigma, noise_level)
         result = call(self.function, case, x_t, velocity, sigma, next_sigma, noise_level)
         if not isinstance(result, (tuple, list)) or len(result) < 2:
@@ -67,10 +75,10 @@ SOLVER: Laws[SolverStep] = Laws(
 
 
 @SOLVER.law(
-    why="An evaluation without noise must sample the model's ODE, not another one.",
+    why="A deterministic evaluation must sample the model's ODE, not another one.",
 )
 def noise_0_is_euler(f: SolverStep, data: DataObject) -> None:
-    """With noise level 0 a step is Euler's, and its std is 0."""
+    """With noise level 0 a step is an Euler step, and its std is 0."""
     grid = data.draw(sigma_grids())
     x_t, velocity = data.draw(tensors((ROWS, *LATENT))), data.draw(tensors((ROWS, *LATENT)))
     at = data.draw(st.integers(0, len(grid) - 2))
@@ -83,7 +91,8 @@ def noise_0_is_euler(f: SolverStep, data: DataObject) -> None:
 
 
 @SOLVER.law(
-    why="g diverges at sigma = 1 and the noise of a step to 0 may vanish: a NaN there ends a run.",
+    why="The noise scale g diverges at sigma = 1, and a step to sigma = 0 may have no noise; a NaN "
+    "there ends a run.",
 )
 def finite(f: SolverStep, data: DataObject) -> None:
     """Mean and std are finite on every grid from 1 to 0; all but the last step add noise."""
@@ -100,10 +109,10 @@ def finite(f: SolverStep, data: DataObject) -> None:
 
 
 @SOLVER.law(
-    why="Replay batches steps of other trajectories together; the ratio must stay 1.",
+    why="Replay batches steps of different trajectories; the ratio must stay 1.",
 )
 def rows_independent(f: SolverStep, data: DataObject) -> None:
-    """A row alone takes the step that it takes in a batch, mean and std."""
+    """A row has the same mean and std alone and in a batch."""
     grid = data.draw(sigma_grids(to_zero=False))
     at = data.draw(st.integers(0, len(grid) - 2))
     x_t, velocity = data.draw(tensors((ROWS, *LATENT))), data.draw(tensors((ROWS, *LATENT)))
@@ -120,7 +129,7 @@ def rows_independent(f: SolverStep, data: DataObject) -> None:
     why="Without a gradient from the mean to the velocity the log-prob trains nothing.",
 )
 def gradient_to_velocity(f: SolverStep, data: DataObject) -> None:
-    """The mean is linear in the velocity, and its gradient flows."""
+    """The mean is linear in the velocity, and has a negative gradient to it."""
     grid = data.draw(sigma_grids())
     at = data.draw(st.integers(0, len(grid) - 2))
     x_t, velocity = data.draw(tensors((ROWS, *LATENT))), data.draw(tensors((ROWS, *LATENT)))
@@ -135,18 +144,19 @@ def gradient_to_velocity(f: SolverStep, data: DataObject) -> None:
 
 
 @SOLVER.law(
-    why="An SDE with other marginals trains a sampler that nobody uses at evaluation.",
+    why="An SDE with other marginals trains a distribution that evaluations do not sample.",
     skip=lambda f: None if f.marginals else "the solver does not keep marginals",
 )
 def marginals(f: SolverStep, data: DataObject) -> None:
-    """A solver of half as large steps is at least 1.5 times nearer to the marginals of the ODE."""
+    """Halving the step size reduces the error of the marginals by a factor of at least 1.5."""
     flow = GaussianFlow(data.draw(st.sampled_from([-1.0, 0.0, 2.0])), data.draw(
         st.sampled_from([0.25, 0.5, 1.0, 2.0])
     ))  # fmt: skip
     start = data.draw(st.sampled_from([0.6, 0.75, 0.9]))
     errors = [_marginal_error(f, flow, start, 0.1, steps) for steps in (32, 64, 128)]
-    if errors[-1] <= 1e-9:
+    if errors[-1] <= 1e-9:  # exact up to rounding, where errors no longer halve
         return
+    # A first-order solver halves its error; 1.5 leaves room for terms of higher order.
     if not (errors[0] >= 1.5 * errors[1] and errors[1] >= 1.5 * errors[2]):
         case = {"flow": flow, "from sigma": start, "to sigma": 0.1, "steps": [32, 64, 128]}
         fail(case, "errors that halve with the step size", errors)
@@ -165,8 +175,8 @@ def check_solver(
     Args:
         function: called as ``function(x_t, velocity, sigma, next_sigma, noise_level)``, returns
             mean and std.
-        noise_level: noise level at which it is checked; 0 for a solver without noise.
-        marginals: it keeps the marginals of the ODE as steps become small.
+        noise_level: noise level of the checked steps; 0 for a solver without noise.
+        marginals: the solver keeps the marginals of the ODE as steps become small.
         tolerance: relative difference that counts as rounding.
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
 
@@ -188,9 +198,10 @@ def check_solver(
 def _marginal_error(
     f: SolverStep, flow: GaussianFlow, start: float, end: float, steps: int
 ) -> float:
-    """Difference of mean and variance at ``end``, after exact propagation of a Gaussian.
+    """Return the error of mean plus that of variance at ``end``, by propagating a Gaussian.
 
-    A step is affine in x, since the velocity of a Gaussian flow is: two points give it.
+    The velocity of a Gaussian flow is affine in x, so a step is affine, too, and two points
+    determine it.
     """
     mean, variance = flow.marginal(start)
     grid = torch.linspace(start, end, steps + 1, dtype=torch.float64, device="cpu").tolist()

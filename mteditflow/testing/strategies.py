@@ -1,9 +1,9 @@
 """Hypothesis strategies for the tensors of the method; they shrink to small readable cases.
 
 Axes: ``B`` trajectories, ``N`` turns, ``S`` denoising steps, ``M`` rows. Numbers are mostly
-multiples of 1/8, exact in every dtype, so that a failure is not a matter of rounding; where
-rounding is the subject, decimals are drawn. All numbers of a tensor are drawn as one string of
-bytes, which is fast and shrinks to zeros.
+multiples of 1/8, which are exact in every dtype, so rounding causes no failures; laws about
+rounding draw decimals. All numbers of a tensor are drawn as one string of bytes, which is fast and
+shrinks to zeros.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypothesis.strategies import DrawFn, SearchStrategy
 from torch import Tensor
 
 LOST = (float("nan"), float("inf"), float("-inf"), 1e30)
-Number = Callable[[int], float]  # a byte to a number; 0 to the simplest
+Number = Callable[[int], float]  # maps a byte to a number, 0 to the simplest one
 
 
 def eighths(byte: int) -> float:
@@ -41,9 +41,9 @@ class RewardBatch(NamedTuple):
     """Rewards of grouped trajectories.
 
     Attributes:
-        reward: [B].
-        group: integer ids, [B].
-        valid: boolean, [B].
+        reward: rewards, [B].
+        group: integer group ids, [B].
+        valid: False for lost rewards, boolean [B].
     """
 
     reward: Tensor
@@ -55,8 +55,8 @@ class TurnBatch(NamedTuple):
     """Scores of chains of unequal length.
 
     Attributes:
-        score: [B, N].
-        turn_mask: turns that exist, the first of each chain at least, boolean [B, N].
+        score: scores, [B, N].
+        turn_mask: turns that exist, at least the first of each chain, boolean [B, N].
     """
 
     score: Tensor
@@ -128,7 +128,7 @@ def reward_batches(
         >>> batch.reward.shape == batch.group.shape == batch.valid.shape
         True
     """
-    # Strings have one length whatever is drawn before them: a case then shrinks part by part.
+    # Strings have a fixed length, independent of earlier draws, so that each part shrinks alone.
     most = max_groups * max_members
     ids = draw(group_ids(dtype=id_dtype, most=max_groups))
     more, equal = _bytes(draw, max_groups), _bytes(draw, max_groups)
@@ -157,7 +157,7 @@ def reward_batches(
 def beside_others(rewards: Sequence[float], *, dtype: torch.dtype) -> RewardBatch:
     """Return a group between two others of its size, at least two; ``valid`` marks its members.
 
-    A group alone in its batch cannot show that its neighbors enter its statistics.
+    With other groups in the batch, statistics that mix groups become visible.
     """
     size = max(2, len(rewards))
     before, after = [1.0, -2.0] + [0.5] * (size - 2), [3.0] * (size - 1) + [8.0]
@@ -182,7 +182,7 @@ def turn_batches(
 
     Args:
         draw: given by hypothesis.
-        values: the scores to choose from; the first is the simplest.
+        values: possible scores; the first is the simplest.
         max_chains: largest B.
         max_turns: largest N.
         dtype: dtype of ``score``.
@@ -214,7 +214,7 @@ def named_rewards(
     Args:
         draw: given by hypothesis.
         names: names of the rewards.
-        **options: of ``reward_batches``; they hold for the first reward.
+        **options: options of ``reward_batches``, applied to the first reward.
     """
     first, group, valid = draw(reward_batches(**options))
     most = options.get("max_groups", 3) * options.get("max_members", 4)
@@ -230,7 +230,7 @@ def sigma_grids(draw: DrawFn, *, max_steps: int = 8, to_zero: bool = True) -> Te
     Args:
         draw: given by hypothesis.
         max_steps: largest S.
-        to_zero: the grid ends at 0; otherwise at any smaller flow time.
+        to_zero: the grid ends at 0; otherwise at any flow time below 1.
     """
     inner = {1 + byte % 63 for byte in draw(st.binary(max_size=max_steps - 1))}
     grid = [64, *sorted(inner, reverse=True)]
@@ -252,9 +252,9 @@ def tensors(
 
     Args:
         draw: given by hypothesis.
-        shape: its shape.
+        shape: shape of the tensor.
         number: maps a byte to an element.
-        dtype: its dtype.
+        dtype: dtype of the tensor.
     """
     drawn = _bytes(draw, int(torch.Size(shape).numel()))
     elements = [number(byte) for byte in drawn]
@@ -262,7 +262,7 @@ def tensors(
 
 
 def as_ids(values: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return integers as a tensor [B] of any integer dtype; large uint64 pass through numpy."""
+    """Return integers as a tensor [B] of any integer dtype, through numpy for large uint64."""
     return torch.from_numpy(np.array(values, dtype=str(dtype).removeprefix("torch.")))
 
 

@@ -36,7 +36,7 @@ class TurnFunction(Subject):
 
     Attributes:
         function: called as ``function(score [B, N], turn_mask=mask [B, N])``.
-        values: the scores it takes.
+        values: scores that the function accepts, at least two.
         tolerance: relative difference that counts as rounding.
     """
 
@@ -56,7 +56,7 @@ class TurnFunction(Subject):
             )
 
     def __call__(self, score: Tensor, turn_mask: Tensor) -> Tensor:
-        """Return the result; a failure of the function breaks the law that called it."""
+        """Return the result; an exception or invalid result of the function breaks the law."""
         case = {self.argument: score, "turn_mask": turn_mask}
         result = call(self.function, case, score.clone(), turn_mask=turn_mask.clone())
         expect_memory(result, case)
@@ -67,7 +67,7 @@ class TurnFunction(Subject):
         return {self.argument: batch.score, "turn_mask": batch.turn_mask, **more}
 
     def batches(self) -> st.SearchStrategy[TurnBatch]:
-        """Return a strategy for scores that the function takes."""
+        """Return a strategy for scores that the function accepts."""
         return turn_batches(values=tuple(self.values))
 
 
@@ -87,8 +87,8 @@ class TurnCreditFunction(TurnFunction):
     """A credit under test: [B, N] rewards to [B, N].
 
     Attributes:
-        reads: the turns that a turn's credit depends on: "later" ones (as a return), "earlier"
-            ones (as a stop after failure), each with the turn itself.
+        reads: turns that a turn's credit depends on, besides itself: "later" (such as a return) or
+            "earlier" (such as a stop after failure).
         linear: the credit of a sum of rewards is the sum of their credits.
     """
 
@@ -107,11 +107,11 @@ TURNS: Laws[TurnFunction] = Laws("turns", TurnFunction)
 
 
 @TURNS.law(
-    why="A statistic over the batch inside an aggregator makes a reward depend on the other "
-    "prompts of the round.",
+    why="A batch statistic inside an aggregator makes a reward depend on other prompts of the "
+    "round.",
 )
 def chains_independent(f: TurnFunction, data: DataObject) -> None:
-    """A chain gives the same alone and in a batch."""
+    """A chain has the same result alone and in a batch."""
     batch = data.draw(f.batches())
     whole = f(*batch)
     alone = torch.cat(
@@ -121,10 +121,10 @@ def chains_independent(f: TurnFunction, data: DataObject) -> None:
 
 
 @TURNS.law(
-    why="Turns that do not exist hold NaN or zeros; zeros read as scores punish short chains.",
+    why="Padded turns contain NaN or zeros; zeros read as scores punish short chains.",
 )
 def padding_never_read(f: TurnFunction, data: DataObject) -> None:
-    """Whatever stands in a padded turn is never read."""
+    """The values of padded turns do not affect the result."""
     batch = data.draw(f.batches())
     assume(not bool(batch.turn_mask.all()))
     held = batch.score.masked_fill(~batch.turn_mask, data.draw(st.sampled_from(LOST)))
@@ -140,7 +140,7 @@ def padding_never_read(f: TurnFunction, data: DataObject) -> None:
     why="Otherwise the reward of a chain depends on the longest chain of its batch.",
 )
 def padding_equals_deletion(f: TurnFunction, data: DataObject) -> None:
-    """A padded chain gives what it gives at its own length."""
+    """A padded chain has the same result as without padding."""
     batch = data.draw(f.batches())
     got = f(*batch)
     for chain, length in enumerate(batch.turn_mask.sum(dim=1).tolist()):
@@ -151,8 +151,8 @@ def padding_equals_deletion(f: TurnFunction, data: DataObject) -> None:
 
 
 @TURNS.law(
-    why="Under a bfloat16 default a mean of three turns has two digits, and ties appear; a tensor "
-    "on the default device does not meet the scores.",
+    why="In bfloat16 as default dtype, a mean of three turns has two digits, and ties appear; a "
+    "tensor on the default device cannot be combined with the scores.",
 )
 def default_dtype_and_device(f: TurnFunction, data: DataObject) -> None:
     """The default dtype and device of torch change nothing."""
@@ -183,7 +183,7 @@ CREDIT: Laws[TurnCreditFunction] = Laws(
     why="A sum in place of a mean rewards long chains.",
 )
 def length(f: Aggregator, data: DataObject) -> None:
-    """Chains of equal scores have one reward, whatever their length and that of their neighbor."""
+    """Chains of equal scores have equal rewards, for any length of the chain and its neighbor."""
     score = data.draw(st.sampled_from(list(f.values)))
     turns = data.draw(st.integers(2, 6))
     alone = torch.full((1, 1), score, dtype=torch.float64, device="cpu")
@@ -194,10 +194,10 @@ def length(f: Aggregator, data: DataObject) -> None:
 
 
 @AGGREGATOR.law(
-    why="Otherwise training is paid for failing a turn.",
+    why="Otherwise failing a turn is rewarded.",
 )
 def monotone(f: Aggregator, data: DataObject) -> None:
-    """A better turn never makes a worse chain."""
+    """A better score of a turn never lowers the reward of its chain."""
     batch = data.draw(f.batches())
     chain = data.draw(st.integers(0, len(batch.score) - 1))
     turn = data.draw(st.integers(0, int(batch.turn_mask[chain].sum()) - 1))
@@ -213,10 +213,10 @@ def monotone(f: Aggregator, data: DataObject) -> None:
 
 
 @AGGREGATOR.law(
-    why="A constant reward teaches nothing.",
+    why="A constant reward has no training signal.",
 )
 def informative(f: Aggregator, data: DataObject) -> None:
-    """A chain of the best scores has a larger reward than one of the worst, of any length."""
+    """A chain of the best scores has a larger reward than one of the worst, for any lengths."""
     turns = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 6))
     score, mask = _two_lengths((max(f.values), min(f.values)), turns)
     best, worst = f(score, mask).tolist()
@@ -226,7 +226,7 @@ def informative(f: Aggregator, data: DataObject) -> None:
 
 
 @AGGREGATOR.law(
-    why="A weight that depends on a turn's place should be a choice, not an accident of indexing.",
+    why="A weight by position in the chain should be intended, not an indexing error.",
     skip=lambda f: None if f.any_order else "the order of turns matters",
 )
 def turn_order(f: Aggregator, data: DataObject) -> None:
@@ -240,14 +240,14 @@ def turn_order(f: Aggregator, data: DataObject) -> None:
 
 
 @AGGREGATOR.law(
-    why="A judge returns integers; a mean of integers that stays an integer is rounded down.",
+    why="Judges return integers; a mean computed in an integer dtype is rounded down.",
     skip=lambda f: None if all(float(x).is_integer() for x in f.values) else "scores are fractions",
 )
 def whole_numbers(f: Aggregator, data: DataObject) -> None:
     """Integer and boolean scores are refused, or give what the same numbers give as floats."""
     batch = data.draw(f.batches())
     dtypes = [torch.int64, torch.int32]
-    dtypes += [torch.bool] * (set(f.values) <= {0.0, 1.0})
+    dtypes += [torch.bool] * (set(f.values) <= {0.0, 1.0})  # booleans express only 0 and 1
     score = batch.score.to(data.draw(st.sampled_from(dtypes)))
     expected = f(*batch).double()
     if not refuses(f.function, score.clone(), turn_mask=batch.turn_mask.clone()):
@@ -256,10 +256,10 @@ def whole_numbers(f: Aggregator, data: DataObject) -> None:
 
 
 @CREDIT.law(
-    why="A return that reads the past pays a turn for what was done before it.",
+    why="A return that includes the past rewards a turn for what happened before it.",
 )
 def causal(f: TurnCreditFunction, data: DataObject) -> None:
-    """A turn's credit depends on the turns that it may read, and on no other."""
+    """A turn's credit depends only on itself and the turns that it may read."""
     batch = data.draw(f.batches())
     assume(batch.score.shape[1] > 1)
     turns = batch.score.shape[1]
@@ -274,7 +274,7 @@ def causal(f: TurnCreditFunction, data: DataObject) -> None:
 
 
 @CREDIT.law(
-    why="A sum over turns would count turns that do not exist.",
+    why="Otherwise a sum over turns counts turns that do not exist.",
 )
 def padding_is_zero(f: TurnCreditFunction, data: DataObject) -> None:
     """A padded turn gets credit 0."""
@@ -286,11 +286,11 @@ def padding_is_zero(f: TurnCreditFunction, data: DataObject) -> None:
 
 
 @CREDIT.law(
-    why="Nothing follows it; credit of another size trains it toward other turns' results.",
+    why="No turn follows it; other credit trains it toward the results of other turns.",
     skip=lambda f: None if f.reads == "later" else "a turn reads earlier ones",
 )
 def last_turn(f: TurnCreditFunction, data: DataObject) -> None:
-    """The last turn of a chain answers for itself alone."""
+    """The credit of a chain's last turn is its own reward."""
     batch = data.draw(f.batches())
     last = batch.turn_mask.sum(dim=1, keepdim=True) - 1
     got, expected = (x.double().gather(1, last) for x in (f(*batch), batch.score))
@@ -298,7 +298,7 @@ def last_turn(f: TurnCreditFunction, data: DataObject) -> None:
 
 
 @CREDIT.law(
-    why="Weights of several rewards then mean the same before and after credit is assigned.",
+    why="Only then do weights of several rewards mean the same before and after credit assignment.",
     skip=lambda f: None if f.linear else "the credit is not linear",
 )
 def linear(f: TurnCreditFunction, data: DataObject) -> None:
@@ -311,7 +311,7 @@ def linear(f: TurnCreditFunction, data: DataObject) -> None:
 
 
 def _two_lengths(scores: tuple[float, float], turns: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return two chains of one score each in one batch, padded with 0, and their mask."""
+    """Return a batch of two constant chains, [2, N], padded with 0, and its mask."""
     places = torch.arange(max(turns), device="cpu")
     mask = places < torch.tensor(turns, dtype=torch.int64, device="cpu")[:, None]
     score = torch.tensor(scores, dtype=torch.float64, device="cpu")[:, None]
@@ -330,7 +330,7 @@ def check_aggregator(
 
     Args:
         function: maps scores [B, N] to rewards [B].
-        values: the scores it takes.
+        values: scores that the function accepts.
         any_order: the order of turns does not matter.
         tolerance: relative difference that counts as rounding.
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
@@ -357,12 +357,12 @@ def check_credit(
     tolerance: float = 1e-5,
     **search: Any,
 ) -> None:
-    """Check a credit to turns, called as ``function(reward, turn_mask=mask)``.
+    """Check a credit assignment to turns, called as ``function(reward, turn_mask=mask)``.
 
     Args:
         function: maps rewards [B, N] to credits [B, N].
-        values: the rewards it takes.
-        reads: turns that a turn's credit depends on, "later" or "earlier", and itself.
+        values: rewards that the function accepts.
+        reads: turns that a turn's credit depends on besides itself, "later" or "earlier".
         linear: the credit of a sum of rewards is the sum of their credits.
         tolerance: relative difference that counts as rounding.
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.

@@ -148,7 +148,7 @@ def live(
             process.wait()
         seconds, at = time.monotonic() - begun, note.read().decode().strip()
         words = logged(folder)[len(before) :]
-        went_on = re.search(r"going on after round (\d+)", words)
+        went_on = re.search(r"resuming after round (\d+)", words)
         return Life(
             process.returncode,
             process.returncode == 0 and "stopped by" not in words,

@@ -81,7 +81,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(trained, name, worlds, tmp_p
     assert process.wait(300) == -signal.SIGKILL
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 1
     run(name, worlds[name], tmp_path)
-    assert "going on after round 1" in (tmp_path / "log.txt").read_text()
+    assert "resuming after round 1" in (tmp_path / "log.txt").read_text()
     expected = policies(trained)
     assert {"current", "old", "optimizer"} <= expected.keys()
     for policy, weights in some(policies(tmp_path).items()):

@@ -196,7 +196,7 @@ def test_strays_and_later_evaluations_are_left_or_made_again(stopped, tmp_path):
     assert (
         "metrics.jsonl: expected a line of every round up to 1, got none of round 1; " in ended.err
     )
-    assert "left alone, as not of this run: round-best, round-final.json" in ended.err
+    assert "ignored, since no run writes such files: round-best, round-final.json" in ended.err
     assert "warning: checkpoint skipped: " in ended.err
     assert {"round-final.json", "round-best", "round-000002.json"} <= {
         x.name for x in folder.iterdir()
@@ -292,7 +292,7 @@ def test_checkpoints_that_are_gone_are_no_reason_to_begin_again(again):
 def test_a_run_killed_before_its_first_checkpoint_begins_again(ended):
     shutil.rmtree(ended.run / "checkpoints")
     said = ended("--training.rounds", 1)
-    assert f"no checkpoint yet: round 1 of {ended.run / 'metrics.jsonl'} will be done again" in said
+    assert f"no checkpoint yet: round 1 of {ended.run / 'metrics.jsonl'} will be repeated" in said
     assert [line["round"] for line in read_metrics(ended.run / "metrics.jsonl")] == [1]
 
 
@@ -478,7 +478,7 @@ def test_lost_rewards_end_a_run_that_goes_on_as_if_none_were_lost(world, tmp_pat
     assert differences(tmp_path / "run", tmp_path / "whole", ended=False) == []
     monkeypatch.setattr(Leaving, "left", math.inf)
     assert call(train_flux.main, options(world, tmp_path / "run", *more)).code == 0
-    assert "going on after round 1" in (tmp_path / "run" / "log.txt").read_text()
+    assert "resuming after round 1" in (tmp_path / "run" / "log.txt").read_text()
     assert differences(tmp_path / "run", tmp_path / "whole") == []
 
 
@@ -505,7 +505,7 @@ def test_a_scorer_that_hangs_does_not_keep_a_run_from_stopping(world, tmp_path, 
     try:
         ended = call(train_flux.main, options(world, run, *more))
         assert (ended.code, ends) == (0, [0])
-        assert "stopped by SIGTERM after round 1; start again to go on" in ended.err
+        assert "stopped by SIGTERM after round 1; start again to resume" in ended.err
         assert "a scorer was still running 0.1 s after its cancellation" in ended.err
         with sole_writer(run) as stale:
             assert stale is None

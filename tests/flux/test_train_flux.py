@@ -219,7 +219,7 @@ def test_updates_that_are_not_finite_stop_a_run_when_they_go_on(world, tmp_path)
         )
         run_.begin_round()
         run_.count(bad)
-        with pytest.raises(FloatingPointError, match="2 updates in a row: not finite"):
+        with pytest.raises(FloatingPointError, match="2 skipped updates in a row: not finite"):
             run_.count(bad)
     assert "an update was skipped, not finite" in (tmp_path / "log.txt").read_text()
 
@@ -339,7 +339,7 @@ def test_held_out_chains_that_are_trained_on_are_refused(world, tmp_path, refuse
     assert "loading" not in told  # the model
     with started(world, tmp_path, *shared, "--data.allow-overlap") as run_:
         assert len(run_.held_out.chains) == 5
-    assert "held-out chains are not held out" in (tmp_path / "log.txt").read_text()
+    assert "data.held_out: not disjoint from data.chains" in (tmp_path / "log.txt").read_text()
     told = refused(*options(world, tmp_path / "run", "--data.held-out", world / "train.jsonl"))
     assert "got 16 chain ids (" in told
 
@@ -411,7 +411,7 @@ def test_stopped_and_changed_runs_go_on(world, tmp_path, refused):
 
     total = ("--training.rounds", done + 1, "--training.batch", 4)
     told = run(*options(world, tmp_path / "run", *total, "--evaluation.every", 1000))
-    assert f"going on after round {done}" in told
+    assert f"resuming after round {done}" in told
     assert "training.batch was 8 and is 4 from here on" in told
     told = refused(*options(world, tmp_path / "run", *GRPO, objective="grpo"))
     assert "error: objective: expected 'nft', with which" in told

@@ -169,5 +169,5 @@ def test_small_noise_is_forgiven_and_large_is_not():
 
 def test_wrong_shapes_are_named():
     truth = Truth.of(make_chains(2, turns=3, seed=0, split="train"))
-    with pytest.raises(ValueError, match=r"images must have shape \(2, 3, 3, 12, 12\), got"):
+    with pytest.raises(ValueError, match=r"images: expected shape \(2, 3, 3, 12, 12\), got"):
         score(torch.zeros(2, 2, 3, 12, 12), truth)

@@ -1,8 +1,8 @@
 #!/bin/bash
 # sbatch examples/flux/launch/slurm.sh kontext-nft --data.chains train.jsonl ...
-# One task per GPU, without a launcher in between: Slurm's warning reaches every rank, which saves
-# the last whole round and exits with 0. Submit it several times under one name and with
-# --dependency=singleton: each job goes on where the last one stopped. All nodes must see this
+# One task per GPU, without a launcher in between: Slurm's signal before the time limit reaches every
+# rank; the run saves the last complete round and exits with 0. Submit several jobs under one name
+# with --dependency=singleton: each resumes where the previous one stopped. All nodes must share this
 # folder, the data and output.folder. Not run on GPUs yet.
 #SBATCH --job-name=mteditflow
 #SBATCH --nodes=2

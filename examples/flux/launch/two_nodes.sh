@@ -1,8 +1,8 @@
 #!/bin/bash
 # On each of two machines, with its number (0 or 1) and the address of the first:
 # examples/flux/launch/two_nodes.sh 1 10.0.0.1 kontext-nft --data.chains train.jsonl ...
-# torchrun in place of accelerate (two_nodes.yaml). Both must see output.folder; GPUS is the number
-# of each machine's devices, 8 unless it is set.
+# Uses torchrun in place of accelerate (two_nodes.yaml). Both machines must share output.folder; GPUS
+# is the number of devices per machine, 8 by default.
 set -euo pipefail
 
 if [ $# -lt 3 ]; then
