@@ -1,7 +1,7 @@
 """Predict the cost of a training run, before it starts and without a GPU.
 
     mteditflow budget kontext-nft --memory 24
-    mteditflow budget klein-nft --memory 80 --gpus 6 --training.batch 1 --json
+    mteditflow budget klein-nft --memory 80 --gpus 4 --training.batch 1 --json
 
 All options of the trainer after the preset are accepted. The exit code is 0 if the run fits, as
 configured or with the changes that the report lists, 1 if nothing fits, and 2 for wrong input.

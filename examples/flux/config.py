@@ -84,8 +84,8 @@ class Model:
     """Reference policy of objective.kl_coef. base: the base model; start: the base model with
     model.lora."""
     checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory; an update takes 24% (NFT) to 45%
-    (GRPO) more operations."""
+    """Recompute activations in the backward pass: less memory; an update of the presets takes about
+    45% more operations."""
     kept_blocks: Natural = 0
     """Number of last blocks whose activations are kept despite checkpointing; raise it if memory is
     left over. mteditflow budget computes how many fit."""

@@ -105,8 +105,9 @@ class Shared:
     def __str__(self) -> str:
         pairs = [f"{one} = {other}" for one, other in self.images]
         return " and ".join(
-            f"{len(found)} {kind} ({', '.join(found[:SHOWN])}{', ...' * (len(found) > SHOWN)})"
-            for kind, found in (("chain ids", self.ids), ("reference images", pairs))
+            f"{len(found)} {kind}{'s' * (len(found) > 1)} "
+            f"({', '.join(found[:SHOWN])}{', ...' * (len(found) > SHOWN)})"
+            for kind, found in (("chain id", self.ids), ("reference image", pairs))
             if found
         )
 

@@ -20,7 +20,8 @@ def code_version(scorer: type) -> str | None:
     The hash covers the modules of the class and of all its base classes except the standard
     library, and every module that they import, directly or not, from the neighborhood of the class:
     its top-level package, or the folder of a single module. Import statements are found anywhere in
-    a file. Modules that are imported by a computed name and data files are not covered.
+    a file. Modules that are imported by a computed name and data files are not covered, nor are
+    docstrings, comments and layout.
 
     Returns:
         16 hexadecimal digits; ``None`` if the class has no source file, as in a notebook.
@@ -40,9 +41,27 @@ def code_version(scorer: type) -> str | None:
         _follow(name, file, near, files)
     digest = hashlib.sha256()
     for name, file in sorted(files.items()):
-        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
-        digest.update(file.read_bytes())
+        code = _without_prose(file)
+        digest.update(f"{name}\0{len(code)}\0{code}".encode())
     return digest.hexdigest()[:DIGITS]
+
+
+def _without_prose(file: Path) -> str:
+    """Return the code of a file without docstrings, comments and layout."""
+    tree = ast.parse(file.read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            # Strings that stand alone document a module, a class, a function or a field.
+            node.body = [x for x in node.body if not _is_text(x)] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 @dataclass(frozen=True)

@@ -234,11 +234,13 @@ def _expect_base(
 ) -> None:
     expect_close(reference(), before, {"adapter": "fresh"}, tolerance=tolerance, about=REFERENCE)
     start = [p.clone() for p in trained]
-    for p in trained:
-        p.add_(0.1)
-    moved, unmoved = velocity().clone(), reference().clone()
-    for p, value in zip(trained, start, strict=True):
-        p.copy_(value)
+    try:
+        for p in trained:
+            p.add_(0.1)
+        moved, unmoved = velocity().clone(), reference().clone()
+    finally:  # the user's model keeps its weights even if a function raises
+        for p, value in zip(trained, start, strict=True):
+            p.copy_(value)
     case = {"adapter": "moved by 0.1"}
     if torch.equal(moved, before):
         fail(case, "another velocity", "the same one", ADAPTER)

@@ -334,7 +334,7 @@ def test_held_out_chains_that_are_trained_on_are_refused(world, tmp_path, refuse
     shared = overlapping(world, tmp_path)
     told = refused(*options(world, tmp_path / "run", *shared))
     assert told.startswith("2 ")
-    assert "data.held_out: expected nothing that is in data.chains, got 1 reference images" in told
+    assert "data.held_out: expected nothing that is in data.chains, got 1 reference image (" in told
     assert "= again)" in told
     assert "loading" not in told  # the model
     with started(world, tmp_path, *shared, "--data.allow-overlap") as run_:

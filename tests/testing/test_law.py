@@ -818,6 +818,21 @@ def test_an_adapter_that_does_nothing_when_moved_is_found():
         check_adapter(model, velocity, model.add, reference=model.reference)
 
 
+def test_an_adapter_keeps_its_weights_if_a_function_raises():
+    model = Tiny()
+    calls = []
+
+    def reference():
+        calls.append(1)
+        if len(calls) == 2:  # while the adapter is moved
+            raise RuntimeError("out of memory")
+        return model.reference()
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        check_adapter(model, model.velocity, model.add, reference=reference)
+    assert not model.adapter.weight.any()
+
+
 def test_a_scale_lost_elsewhere_is_found():
     """Adapter of scale 4 in a file that says nothing of it: exact here, a quarter elsewhere."""
     weight, held = torch.nn.Parameter(torch.zeros(2)), {}
