@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from mteditflow._checks import check_number
 from mteditflow.losses.clipped import clipped_surrogate_loss
 from mteditflow.objectives.base import Card, Output, Velocity
@@ -31,8 +33,9 @@ class GRPO(ReplayObjective):
     fails if solver, noise level or reduction differ from the rollout's. Ratios of summed log-probs
     need clip ranges of 0.1 .. 0.2.
 
-    Metrics: "policy_loss", "ratio", "clip_fraction", "old_kl" (ratio - 1 - log ratio; for summed
-    log-probs an estimate of the KL to the policy that sampled), "kl", "importance_weight".
+    Metrics: "policy_loss", "ratio", "clip_fraction", "old_kl" (an unbiased estimate, from the
+    sample alone, of the KL to the policy that sampled: of the joint KL for summed log-probs, where
+    it is never negative, and of the KL per element for mean log-probs), "kl", "importance_weight".
 
     Raises:
         ValueError: a number is out of range.
@@ -79,7 +82,18 @@ class GRPO(ReplayObjective):
         )
         log_ratio = (log_prob - old_log_prob).detach()
         metrics = ratio_metrics(log_ratio, self.clip_low, self.clip_high)
-        # exp(l) - 1 - l is about l^2 / 2, which float32 loses to cancellation for tiny l.
-        exact = log_ratio.double()
-        metrics["old_kl"] = (exact.expm1() - exact).to(log_ratio.dtype)
+        metrics["old_kl"] = _estimated_kl(log_ratio, replay.reduction)
         return self.output(units, loss, replay, metrics)
+
+
+def _estimated_kl(log_ratio: Tensor, reduction: str) -> Tensor:
+    """Estimate KL(old || current) from log-ratios of samples of the old policy.
+
+    For mean log-probs, ``rho - 1 - log rho`` would be about KL / d for d elements: the minus log
+    ratio has the right mean, and its noise falls with d.
+    """
+    if reduction == "mean":
+        return -log_ratio
+    # exp(l) - 1 - l is about l^2 / 2, which float32 loses to cancellation for tiny l.
+    exact = log_ratio.double()
+    return (exact.expm1() - exact).to(log_ratio.dtype)

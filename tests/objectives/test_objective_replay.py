@@ -105,7 +105,8 @@ def grpo_loop(objective, step):
     low, high = objective.clip_low, objective.clip_high
     beyond = float(ratio > 1 + high) + float(ratio < 1 - low)
     loss = surrogate(ratio, step.advantage, low, high)
-    metrics = {"ratio": ratio, "clip_fraction": beyond, "old_kl": ratio - 1 - ratio.log()}
+    estimate = -ratio.log() if step.reduction == "mean" else ratio - 1 - ratio.log()
+    metrics = {"ratio": ratio, "clip_fraction": beyond, "old_kl": estimate}
     return finish(objective, step, loss, metrics)
 
 
@@ -368,8 +369,8 @@ def test_a_check_refuses_what_it_cannot_check():
 
 def test_old_kl_of_float32_log_probs_is_an_estimate_that_is_not_negative():
     """At ratios of 1e-5 the square is below what float32 resolves beside the ratio."""
-    policies = Recorded(by=3e-4).policies
-    exact = recorded_trajectory(policies["old"])
+    policies = Recorded(by=5e-5).policies
+    exact = recorded_trajectory(policies["old"], reduction="sum")
     samples = replace(
         exact,
         log_prob=exact.log_prob.float(),
@@ -390,6 +391,23 @@ def test_old_kl_of_float32_log_probs_is_an_estimate_that_is_not_negative():
     assert bool(large.any())
     expected = (ratio.log().square() / 2)[large]
     torch.testing.assert_close(kl.double()[large], expected, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize(("reduction", "by"), [("mean", 0.15), ("sum", 0.05)])
+def test_old_kl_is_an_unbiased_estimate_of_the_exact_kl(reduction, by):
+    """DPPO's is exact; for mean log-probs both are per element, so that thresholds agree."""
+    errors, exact = [], []
+    for seed in range(40):
+        velocity = Recorded(by=by)
+        samples = recorded_trajectory(velocity.policies["old"], reduction=reduction, seed=1000 * seed)
+        *_, estimated = run(make(GRPO), velocity=velocity, samples=samples)
+        *_, known = run(make(DPPO), velocity=velocity, samples=samples)
+        errors.append(estimated.metrics["old_kl"] - known.metrics["old_kl"])
+        exact.append(known.metrics["old_kl"])
+    error, kl = torch.cat(errors), torch.cat(exact).mean()
+    noise = float(error.std()) / len(error) ** 0.5
+    assert abs(float(error.mean())) < 4 * noise
+    assert float(kl) > 8 * noise
 
 
 def test_sampling_asks_for_the_solver_and_the_window():
