@@ -37,6 +37,8 @@ def check_tensor(name: str, x: object) -> None:
         check_unmasked(name, x)
         lists = is_sequence(x) or isinstance(x, np.ndarray)
         fix = "; convert it with torch.as_tensor" if lists else ""
+        if isinstance(x, tuple) and hasattr(x, "_fields"):  # a Signal, most likely
+            fix = f"; give its tensors one by one: {', '.join(x._fields)}"
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}{fix}")
     if x.layout != torch.strided or x.is_nested:
         nested = "a nested tensor; call .to_padded_tensor()"
@@ -69,6 +71,8 @@ def as_numbers(
     if not (is_sequence(x) or isinstance(x, (np.ndarray, np.generic, int, float))):
         iterable = isinstance(x, Iterable) and not isinstance(x, (str, bytes, bytearray))
         listed = "; give a list or an array of them" if iterable else ""
+        if isinstance(x, Mapping):
+            listed = "; give one for all names, such as the product of their masks"
         raise TypeError(
             f"{name}: expected numbers or a torch.Tensor, got {type(x).__name__}{listed}"
         )
@@ -415,6 +419,13 @@ def check_group(group: Tensor, reward: Sequence[int]) -> None:
             f"group: expected shape [B] = [{reward[0]}], one id for each trajectory, got "
             f"{list(group.shape)}; flatten the reward and the ids of rewards laid out "
             "[prompts, samples]"
+        )
+    if group.ndim == 1 and 1 < len(group) < reward[0] and reward[0] % len(group) == 0:
+        times = reward[0] // len(group)
+        raise ValueError(
+            f"group: expected shape [B] = [{reward[0]}], one id for each trajectory, got "
+            f"[{len(group)}]; if there are {times} trajectories of each id in a row, use "
+            f"group.repeat_interleave({times})"
         )
     check_shape("group", group, reward[:1], "[B]")
     check_integers("group", group, "ids")

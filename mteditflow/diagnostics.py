@@ -96,9 +96,9 @@ def check_ratio(
     verdict = f"largest |ratio - 1| is {worst:.3g} at step {step}; allowed is {tolerance:.3g}"
     if not ok:
         verdict += (
-            ". The replay is not the rollout: look for latents rounded after the log-prob, another "
-            "dtype or attention kernel, dropout, another batch composition, a missing guidance "
-            "branch, or weights changed since the rollout"
+            ". The replay is not the rollout: look for another solver, noise level or reduction, "
+            "latents rounded after the log-prob, another dtype or attention kernel, dropout, "
+            "another batch composition, a missing guidance branch, or weights changed since the rollout"
         )
     return RatioCheck(deviation, tolerance, ok, verdict)
 

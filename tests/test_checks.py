@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mteditflow import Signal
 from mteditflow import _checks as checks
 from tests.loops import some
 
@@ -335,3 +336,13 @@ def test_booleans_are_no_scores_of_another_scale():
         with pytest.raises(TypeError, match=message):
             checks.check_no_booleans("l", x, "scores in 1..5")
     checks.check_no_booleans("l", [[5, 1.0], (torch.ones(1), np.ones(1))], "scores in 1..5")
+
+
+def test_likely_mistakes_have_their_fix_in_the_error():
+    with pytest.raises(ValueError, match=r"group\.repeat_interleave\(6\)$"):
+        checks.check_group(torch.arange(4), (24,))
+    with pytest.raises(TypeError, match="got dict; give one for all names, such as the product"):
+        checks.as_mask("valid", {"if": [True]}, torch.zeros(1), "of reward")
+    signal = Signal(torch.zeros(2), torch.ones(2, dtype=torch.bool))
+    with pytest.raises(TypeError, match="got Signal; give its tensors one by one: value, valid, "):
+        checks.check_tensor("advantage", signal)

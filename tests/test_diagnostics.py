@@ -22,9 +22,9 @@ from tests.loops import some
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 NAN, INF = math.nan, math.inf
 ADVICE = (
-    ". The replay is not the rollout: look for latents rounded after the log-prob, another dtype "
-    "or attention kernel, dropout, another batch composition, a missing guidance branch, or "
-    "weights changed since the rollout"
+    ". The replay is not the rollout: look for another solver, noise level or reduction, "
+    "latents rounded after the log-prob, another dtype or attention kernel, dropout, another batch "
+    "composition, a missing guidance branch, or weights changed since the rollout"
 )
 
 

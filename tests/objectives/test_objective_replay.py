@@ -399,7 +399,9 @@ def test_old_kl_is_an_unbiased_estimate_of_the_exact_kl(reduction, by):
     errors, exact = [], []
     for seed in range(40):
         velocity = Recorded(by=by)
-        samples = recorded_trajectory(velocity.policies["old"], reduction=reduction, seed=1000 * seed)
+        samples = recorded_trajectory(
+            velocity.policies["old"], reduction=reduction, seed=1000 * seed
+        )
         *_, estimated = run(make(GRPO), velocity=velocity, samples=samples)
         *_, known = run(make(DPPO), velocity=velocity, samples=samples)
         errors.append(estimated.metrics["old_kl"] - known.metrics["old_kl"])
