@@ -98,7 +98,8 @@ def check_ratio(
         verdict += (
             ". The replay is not the rollout: look for another solver, noise level or reduction, "
             "latents rounded after the log-prob, another dtype or attention kernel, dropout, "
-            "another batch composition, a missing guidance branch, or weights changed since the rollout"
+            "another batch composition, a missing guidance branch, or weights changed since the "
+            "rollout"
         )
     return RatioCheck(deviation, tolerance, ok, verdict)
 
