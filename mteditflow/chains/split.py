@@ -122,7 +122,7 @@ def shared(train: Sequence[Chain], held_out: Sequence[Chain]) -> Shared:
         >>> one = [Chain(id="7", image="https://x/1.png", instructions=("Add a dog",))]
         >>> other = [Chain(id="8", image="https://x/1.png", instructions=("Remove a cat",))]
         >>> print(shared(one, other))
-        1 reference images (7 = 8)
+        1 reference image (7 = 8)
     """
     known = {chain.id for chain in train}
     owner = {name: chain.id for chain, name in _named(train)}

@@ -300,7 +300,7 @@ def test_facts_that_the_page_states():
             work(replace(plan(preset), checkpointing=on)).update for on in (True, False)
         )
         assert with_it / without - 1 == pytest.approx(share, abs=0.006)
-    assert "43% more for NFT, 45% more for GRPO" in text
+    assert "43% more FLOPs of an update for NFT, 45% for GRPO" in text
     # gradient and two moments of float32 of rank 64 on all ranks but this one, GB
     assert plan("kontext-grpo").costs.row.adapters * 12 / 1e9 == pytest.approx(3.1, abs=0.05)
     assert "at most 3.1 GB" in text
