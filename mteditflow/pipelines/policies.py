@@ -51,6 +51,7 @@ class LoraPolicies:
         config: rank, scale, dropout and target modules of the adapters, and biases.
         seed: of the initial weights; the global generators are left as they were.
         ema: whether there is an averaged policy.
+        resettable: whether ``reset_reference`` may move the reference, which takes an adapter more.
         start: LoRA to begin with, continued or frozen below the adapters; None: the base model.
         few_steps: weights of a LoRA as ``read_lora`` returns them, such as one distilled for few
             steps, that is active only inside ``use(policy, few_steps=True)``. It is neither trained
@@ -92,6 +93,7 @@ class LoraPolicies:
         *,
         seed: int = 0,
         ema: bool = False,
+        resettable: bool = False,
         start: Start | None = None,
         few_steps: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -103,7 +105,8 @@ class LoraPolicies:
             raise ValueError("model: expected one without adapters; fuse or unload them first")
         check_passes_gradients(self._bare)
         self._may_be_equal = True
-        self._adapters = ("current", "old", "ema") if ema else ("current", "old")
+        self._adapters = ("current", "old", *["ema"] * ema, *["reference"] * resettable)
+        self._reference_was_reset = False
         model.requires_grad_(False)
         drawn = ("old", "current", *self._adapters[2:])
         self._layers = add_adapters(self._bare, config, drawn, seed)
@@ -219,13 +222,56 @@ class LoraPolicies:
         """
         self._follow("ema", decay)
 
+    @property
+    def reference_was_reset(self) -> bool:
+        """Whether the reference has weights of its own: those of the last ``reset_reference``."""
+        return self._reference_was_reset
+
+    def reset_reference(self) -> None:
+        """Let the reference be the current policy as it is now; until then it is as at the start.
+
+        Raises:
+            ValueError: the policies were made without ``resettable``.
+            RuntimeError: the model is another policy than the current one, inside of ``use``.
+
+        Source: the reference's reset of GARDO (arXiv 2512.24138); see ``ReferenceReset``.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(2, 2))
+            >>> config = LoraConfig(r=1, target_modules=["0"])
+            >>> policies = LoraPolicies(model, config, resettable=True)
+            >>> with torch.no_grad():
+            ...     _ = policies.parameters()[1].add_(1.0)
+            >>> x, distance = torch.ones(1, 2), []
+            >>> for reset in (lambda: None, policies.reset_reference):
+            ...     reset()
+            ...     with policies.use("reference"):
+            ...         reference = model(x)
+            ...     distance.append(bool((reference != model(x)).any()))
+            >>> distance
+            [True, False]
+        """
+        if "reference" not in self._adapters:
+            raise ValueError("resettable: expected True, so that the reference has weights to set")
+        self.check_current()
+        self._follow("reference", decay=0.0)
+        self._reference_was_reset = True
+
     def state_dict(self, policy: str = "current") -> dict[str, Tensor]:
         """Weights of the "current", "old" or "ema" policy, named as peft saves them, and scales.
+
+        Those of "reference", too, once it was reset.
 
         A layer's scale, alpha / rank, is named ``<layer>.lora_scale``: without it, weights do not
         say what a policy is. Copies on the CPU, whole even where weights are sharded; every rank
         calls it then.
+
+        Raises:
+            ValueError: there is no such policy, or the reference was not reset.
         """
+        self._check_adapter(policy)
+        if policy == "reference" and not self._reference_was_reset:
+            raise ValueError("policy: expected a reference that was reset, got it as at the start")
         return {name: whole(x) for name, x in self._named(policy).items()} | self._scale_state()
 
     def load_state_dict(self, state: Mapping[str, Tensor], policy: str = "current") -> None:
@@ -233,7 +279,7 @@ class LoraPolicies:
 
         Args:
             state: what ``state_dict`` returned, on any number of ranks; the same on every rank.
-            policy: whose weights to set.
+            policy: whose weights to set; with "reference" it counts as reset.
 
         Raises:
             ValueError: names, shapes or scales are not those of ``state_dict()``; nothing has
@@ -243,6 +289,7 @@ class LoraPolicies:
         for name, weight in self._named(policy).items():
             fill(weight, checked[name])
         self._may_be_equal = True
+        self._reference_was_reset |= policy == "reference"
 
     def save(
         self,
@@ -345,7 +392,8 @@ class LoraPolicies:
 
     def _switch(self, policy: str, few_steps: bool = False) -> None:
         self._in_use = policy
-        self._stack = [*self._start.stack(policy), *(["few_steps"] if few_steps else [])]
+        stack = self._start.stack(policy, reset=self._reference_was_reset)
+        self._stack = [*stack, *(["few_steps"] if few_steps else [])]
         activate(self._layers.values(), self._stack)
 
     def _parameters(self, policy: str) -> list[nn.Parameter]:

@@ -56,9 +56,12 @@ class Start:
         """Name of its own adapter, if it has one beside those of the policies."""
         return ("start",) if self.frozen or self.reference == "start" else ()
 
-    def stack(self, policy: str) -> list[str]:
-        """Return the adapters that are active in a policy; none: the base model."""
-        if policy == "reference":
+    def stack(self, policy: str, *, reset: bool = False) -> list[str]:
+        """Return the adapters that are active in a policy; none: the base model.
+
+        ``reset``: whether the reference has an adapter of its own, as the other policies have.
+        """
+        if policy == "reference" and not reset:
             return ["start"] if self.reference == "start" else []
         return ["start", policy] if self.frozen else [policy]
 
