@@ -6,6 +6,7 @@ from peft import LoraConfig
 from torch import nn
 
 from mteditflow.pipelines import LoraPolicies, Start
+from tests.loops import some
 
 CONFIG = LoraConfig(r=2, lora_alpha=6, target_modules=["0"])
 X = torch.linspace(-1, 1, 8).view(2, 4)
@@ -61,7 +62,7 @@ def test_the_reference_is_the_current_policy_of_the_last_reset(name):
         assert torch.equal(output(policies, "reference"), then)
         assert not torch.equal(output(policies, "current"), then)
     assert policies.reference_was_reset
-    assert not any(own.requires_grad for own in policies._parameters("reference"))
+    assert not any(own.requires_grad for own in some(policies._parameters("reference")))
     assert len(policies.parameters()) == len(plain.parameters()) > 0
 
 
@@ -87,9 +88,9 @@ def test_a_reset_leaves_the_other_policies_alone():
     move(policies, 2)
     policies.load_state_dict(before[0])
     after = [policies.state_dict(policy) for policy in ("current", "old", "ema")]
-    for ours, theirs in zip(before, after, strict=True):
+    for ours, theirs in some(zip(before, after, strict=True)):
         assert ours.keys() == theirs.keys()
-        assert all(torch.equal(x, theirs[key]) for key, x in ours.items())
+        assert all(torch.equal(x, theirs[key]) for key, x in some(ours.items()))
     assert set(policies.state_dict("reference")) == set(before[0])
 
 
