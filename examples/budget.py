@@ -188,7 +188,7 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
         quantize=model.quantize,
         encoders="ahead" if ahead else model.encoders,
         reads_images=known.behavior.reads_images,
-        more_adapters=held,
+        more_adapters=held + (training.reset_steps is not None),
         sampler=sampler_of(config, known, case.shape, costs, sets=2 + held if sibling else 0),
         optimizer_bytes=2 if training.optimizer == "adamw_8bit" else 8,
         shard=model.shard,
@@ -286,12 +286,14 @@ def _check_runnable(config: Config, gpus: int, *, reads_images: bool) -> None:
 def passes_of(config: Config) -> Passes:
     """Count forward and backward passes in the last round, where old and current policy differ.
 
+    A gated KL counts with the largest share that its gate may reach.
+
     Raises:
         ValueError: the objective does not accept the configuration's numbers.
     """
     from mteditflow.budget import count_passes
 
-    return count_passes(
+    passes = count_passes(
         config.objective,
         turns=config.data.turns,
         steps=config.sampling.steps,
@@ -300,6 +302,9 @@ def passes_of(config: Config) -> Passes:
         epochs=config.training.inner_epochs,
         round=config.training.rounds - 1,
     )
+    if not config.gate.auxiliary:
+        return passes
+    return replace(passes, reference=config.gate.maximum * passes.reference)
 
 
 def techniques(config: Config, plan: Plan) -> dict[str, float]:

@@ -26,6 +26,7 @@ def train(run: Run) -> None:
     from mteditflow_examples.flux.checkpointing import restore, save_if_due
     from mteditflow_examples.flux.evaluation import evaluate_if_due
     from mteditflow_examples.flux.filling import Sampled, fill
+    from mteditflow_examples.flux.gating import gate_round
     from mteditflow_examples.flux.panel import watch_drift
     from mteditflow_examples.flux.regions import token_advantages
     from mteditflow_examples.flux.reporting import (
@@ -87,12 +88,17 @@ def train(run: Run) -> None:
                 mine = {name: part[own] for name, part in parts.items()}
                 advantage = token_advantages(run, filled.drawn, filled.rollout, filled.images, mine)
 
+            # Gate: keep the KL where the trained rewards rank above the auxiliary ones.
+            gate = None
+            if config.gate.auxiliary:
+                gate = gate_round(run, filled.rewards)[own]
+
             # Update: the objective's minibatches, then the old policy.
             velocity = velocity_of(policies, filled.rollout)
             if config.stochastic and state.done == run.first_round:  # all ratios must be 1
                 check_first_ratios(run, velocity, filled.rollout)
             with run.log.stopwatch.phase("updating"):
-                update(run, updater, velocity, filled.rollout, advantage, valid)
+                update(run, updater, velocity, filled.rollout, advantage, valid, gate)
             policies.update_old(decay=run.objective.old_decay(state.done))
 
             # Monitor: statistics of the images against their early bands; these train nothing.

@@ -19,6 +19,7 @@ from mteditflow.training import (
 )
 
 from .config import ConfigError, dumped
+from .gating import resumed
 from .held_out import HeldOut
 from .run import Run
 
@@ -103,6 +104,9 @@ def save(run: Run, *, evaluated: bool = False) -> None:
             "alarms": run.alarms,
             "multipliers": state.multipliers,
             "kl_coef": None if state.kl is None else state.kl.value,
+            "gate": None if state.gate is None else [state.gate.value, state.gate.means],
+            "reset": None if state.reset is None else [state.reset.kl, state.reset.steps],
+            "resets": state.resets,
             "history": None if state.history is None else state.history.state_dict(),
             "depth": None if state.depth is None else [state.depth.depth, state.depth.streak],
             "turns": state.turns,
@@ -137,8 +141,9 @@ def _evaluated_before(run: Run) -> list[int]:
 
 
 def _trained(run: Run) -> tuple[str, ...]:
-    """Return the policies with their own weights; the average exists if ``ema_decay`` > 0."""
-    return ("current", "old", "ema")[: 3 if run.config.training.ema_decay > 0 else 2]
+    """Return the policies that have weights of their own."""
+    names = ("current", "old", "ema")[: 3 if run.config.training.ema_decay > 0 else 2]
+    return (*names, *["reference"] * run.policies.reference_was_reset)
 
 
 def _load(run: Run, found: Checkpoint) -> None:
@@ -147,7 +152,8 @@ def _load(run: Run, found: Checkpoint) -> None:
     Keys read by ``get`` are missing in checkpoints of older versions.
     """
     state, kept = run.state, found.state
-    for name in _trained(run):
+    state.resets = kept.get("resets", 0)
+    for name in (*_trained(run), *["reference"] * (state.resets > 0)):
         run.policies.load_state_dict(found.tensors(name), name)
     load_optimizer_state(run.optimizer, found.tensors("optimizer"), kept["optimizer"])
     run.watch.load_state_dict(kept["watch"])
@@ -160,6 +166,11 @@ def _load(run: Run, found: Checkpoint) -> None:
         state.floor = replace(state.floor, value=min(value, state.floor.maximum))
     if state.kl is not None and kept.get("kl_coef") is not None:
         state.kl = replace(state.kl, value=kept["kl_coef"])
+    if state.gate is not None and kept.get("gate") is not None:
+        state.gate = resumed(state.gate, *kept["gate"])
+    if state.reset is not None and kept.get("reset") is not None:
+        kl, steps = kept["reset"]
+        state.reset = replace(state.reset, kl=kl, steps=steps)
     if state.history is not None and kept.get("history") is not None:
         state.history = RewardHistory.from_state(state.history.rounds, kept["history"])
     if state.depth is not None and kept.get("depth") is not None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 import tyro
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from mteditflow import LagrangeMultiplier
+from mteditflow import GatedShare, LagrangeMultiplier, ReferenceReset
 from mteditflow._text import parse_json
 from mteditflow.objectives import (
     MTOPSD,
@@ -338,6 +338,34 @@ class Rewards:
 
 
 @dataclass(frozen=True)
+class Gate:
+    """KL to the reference on those trajectories alone whose trained rewards look too good."""
+
+    auxiliary: tuple[str, ...] = ()
+    """Rewards of weight 0, more is better, such as a scorer's "aesthetics": the KL of
+    objective.kl_coef acts where the trained rewards rank a trajectory above them (GARDO). Without a
+    value: it acts everywhere."""
+    share: PositiveShare = 0.1
+    """Share of a round's trajectories that are gated at first."""
+    minimum: Share = 0.0
+    """Smallest share."""
+    maximum: PositiveShare = 1.0
+    """Largest share, of which mteditflow budget takes the reference's passes."""
+    window: Count = 20
+    """Earlier rounds that a round's uncertainty is compared with: above all of them the share
+    grows by a tenth, below all it falls by one."""
+
+    @property
+    def adaptive(self) -> GatedShare | None:
+        """Share at the start of a run; None where nothing is gated."""
+        if not self.auxiliary:
+            return None
+        return GatedShare(
+            self.share, window=self.window, minimum=self.minimum, maximum=self.maximum
+        )
+
+
+@dataclass(frozen=True)
 class Training:
     """The optimizer and the loop."""
 
@@ -351,6 +379,12 @@ class Training:
     kl_target: Positive | None = None
     """Target of the KL to the reference, to which objective.kl_coef is adapted each round; None:
     fixed kl_coef."""
+    reset_steps: Count | None = None
+    """Optimizer steps after which the current policy becomes the reference of objective.kl_coef, at
+    the latest (GARDO: 100); takes the memory of one more adapter. None: the reference stays."""
+    reset_kl: Positive = 1e-4
+    """Mean KL to the reference in an optimizer step above which it is reset at once; used only with
+    training.reset_steps."""
     minibatches: Count = 1
     """Optimizer steps per pass, each on another part of the trajectories."""
     batch: Count = 4
@@ -378,6 +412,13 @@ class Training:
     """Optimizer steps between updates of the averaged policy."""
     seed: Natural = 0
     """Seed of adapters, chains and noise."""
+
+    @property
+    def reset(self) -> ReferenceReset | None:
+        """When the reference is reset, as a run begins with it; None: never."""
+        if self.reset_steps is None:
+            return None
+        return ReferenceReset(self.reset_kl, self.reset_steps)
 
 
 @dataclass(frozen=True)
@@ -457,6 +498,7 @@ class Config:
     growth: Growth = field(default_factory=Growth)
     sampling: Sampling = field(default_factory=Sampling)
     rewards: Rewards = field(default_factory=Rewards)
+    gate: Gate = field(default_factory=Gate)
     training: Training = field(default_factory=Training)
     safety: Safety = field(default_factory=Safety)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -497,7 +539,10 @@ class DistillationConfig(Config):
     teacher: Teacher = field(default_factory=Teacher)
 
 
-SECTIONS = (Model, Data, Growth, Sampling, Teacher, Rewards, Training, Safety, Evaluation, Output)
+SECTIONS = (
+    *(Model, Data, Growth, Sampling, Teacher, Rewards, Gate),
+    *(Training, Safety, Evaluation, Output),
+)
 for section in (*SECTIONS, DistillationConfig):
     section.__pydantic_config__ = STRICT  # type: ignore[attr-defined]
 

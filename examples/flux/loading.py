@@ -117,6 +117,7 @@ def _policies(
         lora,
         seed=config.training.seed,
         ema=config.training.ema_decay > 0,
+        resettable=config.training.reset_steps is not None,
         start=start_of(model, editor),
         few_steps=None if config.sampling.model else lora_for_few_steps(config.sampling, editor),
     )

@@ -22,6 +22,7 @@ from mteditflow.training import (
 )
 
 from .config import IDENTITY, flat
+from .gating import UNCERTAINTY
 from .rewards import scale_of
 from .run import Run
 
@@ -91,7 +92,7 @@ def carry_over(
     signals: Mapping[str, Signal] | None = None,
     group: Tensor | None = None,
 ) -> None:
-    """Update the state for the next round: sampler, floor, history, KL coefficient, turns.
+    """Update the state for the next round: sampler, floor, history, KL coefficient, gate, turns.
 
     Args:
         run: the run.
@@ -114,6 +115,9 @@ def carry_over(
     kls = [means["kl"] for means in run.means if math.isfinite(means.get("kl", math.nan))]
     if state.kl is not None and kls:
         state.kl = state.kl.update(sum(kls) / len(kls))
+    uncertainty = run.numbers.get(UNCERTAINTY, math.nan)
+    if state.gate is not None and math.isfinite(uncertainty):
+        state.gate = state.gate.update(uncertainty)
     change = run.numbers.get(CHANGE, math.nan)
     if state.depth is not None and math.isfinite(change):
         state.depth = state.depth.update(change)
@@ -125,6 +129,8 @@ def record(run: Run, bar: Bar) -> None:
         values = [means[name] for means in run.means if name in means]
         run.numbers[f"training/{name}"] = sum(values) / len(values)
     run.numbers["training/skipped_updates"] = run.state.skipped
+    if run.state.reset is not None:
+        run.numbers["training/reference_resets"] = run.state.resets
     numbers = run.log.record(run.state.done, run.numbers)
     run.accelerator.log(numbers, step=run.state.done)
     rewards = [name for name in run.config.rewards.weights if f"reward/{name}" in numbers]

@@ -191,6 +191,12 @@ def check_unchanged(
     if config.training.ema_decay > 0 and before["training"]["ema_decay"] == 0:
         got = f"{config.training.ema_decay} and no average to go on from"
         raise ConfigError(_refusal("training.ema_decay", "0.0", folder, got))
+    resets, steps = found.state.get("resets", 0), config.training.reset_steps
+    if resets and steps is None:
+        got = f"{steps} after {resets} resets, whose reference only a run with resets can hold"
+        raise ConfigError(
+            _refusal("training.reset_steps", f"{before['training']['reset_steps']}", folder, got)
+        )
     old = found.state.get("files", {})
     for field in (x for x in files if x in old and old[x] != files[x]):
         section, _, name = field.partition(".")

@@ -309,7 +309,7 @@ def round_rewards(config: Rewards, terms: Mapping[str, TurnScores], group: Tenso
     """
     trained = _trained(config, terms)
     names = dict.fromkeys([*trained, "following"])
-    return RoundRewards(terms, {n: _aggregation(config, n) for n in names}, group, trained)
+    return RoundRewards(terms, {n: aggregation(config, n) for n in names}, group, trained)
 
 
 def turn_signals(
@@ -502,7 +502,7 @@ def _credits(config: Rewards) -> dict[mt.Credit | None, float]:
     }[config.credit]
 
 
-def _aggregation(config: Rewards, name: str) -> Aggregation:
+def aggregation(config: Rewards, name: str) -> Aggregation:
     """Return how a term's scores become rewards: per turn, and over turns."""
     if name != "following":
         return Aggregation(lambda score: score)

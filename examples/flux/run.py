@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from mteditflow import AdaptiveKL, LagrangeMultiplier, RewardHistory, ema_decay
+from mteditflow import (
+    AdaptiveKL,
+    GatedShare,
+    LagrangeMultiplier,
+    ReferenceReset,
+    RewardHistory,
+    ema_decay,
+)
 from mteditflow.chains import ChainDataset, GroupSampler
 from mteditflow.drift import DriftWatch
 from mteditflow.evaluation import JudgedBy
@@ -32,6 +39,8 @@ from .few_steps import Sibling
 from .held_out import HeldOut
 from .rewards import Submit
 
+GATED = "gated"  # metric of an update: share of its units whose trajectory is gated
+
 
 class Stopped(Exception):  # noqa: N818, since it is no error
     """The run received a signal to stop; its weights are those of the last complete round."""
@@ -51,6 +60,9 @@ class State:
         depth: curriculum of turns by pixel change; None without ``growth.change``.
         turns: turns of the last round that began; 0 before the first.
         teacher: session outcomes of the teacher, up to each compared turn; None until computed.
+        gate: share of the trajectories that keep their KL to the reference, if the KL is gated.
+        reset: condition of the next reset of the reference, if there are any.
+        resets: number of resets of the reference so far.
     """
 
     done: int = 0
@@ -62,6 +74,9 @@ class State:
     depth: DepthCurriculum | None = None
     turns: int = 0
     teacher: list[SessionCounts] | None = None
+    gate: GatedShare | None = None
+    reset: ReferenceReset | None = None
+    resets: int = 0
 
     @property
     def multipliers(self) -> dict[str, float]:
@@ -227,3 +242,22 @@ class Run:
         if training.ema_decay > 0 and state.updates % training.ema_every == 0:
             decay = ema_decay(state.updates, maximum=training.ema_decay)
             self.policies.update_ema(decay=decay)
+        if state.reset is not None:
+            self._reset_if_due(state.reset, update.means)
+
+    def _reset_if_due(self, reset: ReferenceReset, means: Mapping[str, float]) -> None:
+        """Let the reference be the current policy where its time has come.
+
+        The KL is the mean over the rows that keep theirs; a step without any counts as one of 0.
+        """
+        gated = means.get(GATED, 1.0)
+        reset = reset.update(means["kl"] / gated if gated > 0 else 0.0)
+        if reset.due:
+            self.policies.reset_reference()
+            self.state.resets += 1
+            self.log.message(
+                f"round {self.state.done + 1}: the reference is reset, after {reset.steps} steps "
+                f"at a KL of {reset.kl:.3g}"
+            )
+            reset = reset.restarted()
+        self.state.reset = reset

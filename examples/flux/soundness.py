@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mteditflow.objectives import OBJECTIVES, ForwardObjective
@@ -34,7 +34,7 @@ def checked(config: Config, base: Config | None = None, *, services: bool = True
         ConfigError: one line per wrong field.
     """
     problems = [*_unsound(config), *_ignored(config, base or type(config)())]
-    problems += _unserved(config.rewards) if services else []
+    problems += _unserved(config.rewards, config.gate.auxiliary) if services else []
     if problems:
         raise ConfigError("\n".join(problems))
     return config
@@ -84,6 +84,8 @@ def _unsound(config: Config) -> Iterator[str]:
         yield f"rewards.weights: expected weights >= 0, one of them above, got {rewards.weights}"
     yield from _unsound_lengths(config)
     yield from _unsound_regions(config)
+    yield from _unsound_gate(config)
+    yield from _unsound_reset(config)
     if data.extra_groups and data.fit == "buckets":
         yield "data.extra_groups: expected 0 where data.fit is buckets"
     if data.extra_groups and config.model.shard != "none":
@@ -187,13 +189,75 @@ def _unsound_regions(config: Config) -> Iterator[str]:
         yield "rewards.regions: expected data.fit square, got buckets"
 
 
-def _unserved(rewards: Rewards) -> Iterator[str]:
+def _unsound_gate(config: Config) -> Iterator[str]:
+    """Yield a message for each option that a gated KL does not go with."""
+    gate, rewards, objective = config.gate, config.rewards, config.objective
+    if not gate.auxiliary or not objective.card.rewarded:
+        return
+    if not gate.minimum <= gate.share <= gate.maximum:
+        yield (
+            f"gate.share: expected between gate.minimum {gate.minimum} and gate.maximum "
+            f"{gate.maximum}, got {gate.share}"
+        )
+    if getattr(objective, "kl_coef", 0) == 0:
+        yield "gate.auxiliary: expected objective.kl_coef above 0, whose KL is gated, got 0"
+    if objective.whole_kl:
+        yield (
+            f"gate.auxiliary: expected no value for {name_of(objective)}, {objective.whole_kl}, "
+            f"got {list(gate.auxiliary)}"
+        )
+    if getattr(objective, "norm_coef", 0) > 0:
+        yield (
+            "gate.auxiliary: expected objective.norm_coef 0, whose hinge evaluates the reference "
+            f"everywhere, got {getattr(objective, 'norm_coef', 0)}"
+        )
+    if config.training.kl_target is not None:
+        yield (
+            "training.kl_target: expected None beside gate.auxiliary, whose share already follows "
+            f"the rewards, got {config.training.kl_target}"
+        )
+    trained = {name for name, weight in rewards.weights.items() if weight > 0}
+    trained |= {"consistency"} if rewards.floor is not None else set()
+    served = {"following", "consistency"} | ({CONSECUTIVE} if rewards.pairing == "both" else set())
+    for name in gate.auxiliary:
+        if name in trained:
+            yield f"gate.auxiliary: expected rewards that are not trained, got {name!r}, which is"
+        elif rewards.scorer is None and name not in served:
+            yield (
+                f"gate.auxiliary: expected names among {sorted(served)}, or a scorer that gives "
+                f"others, got {name!r}"
+            )
+    if len(set(gate.auxiliary)) < len(gate.auxiliary):
+        yield f"gate.auxiliary: expected each name once, got {list(gate.auxiliary)}"
+
+
+def _unsound_reset(config: Config) -> Iterator[str]:
+    """Yield a message for each option that resets of the reference do not go with."""
+    training = config.training
+    if training.reset_steps is None:
+        return
+    if getattr(config.objective, "kl_coef", 0) == 0:
+        yield (
+            "training.reset_steps: expected None where objective.kl_coef is 0, which needs no "
+            f"reference, got {training.reset_steps}"
+        )
+    if training.kl_target is not None:
+        yield (
+            "training.kl_target: expected None beside training.reset_steps, after which the KL "
+            f"begins again at 0, got {training.kl_target}"
+        )
+
+
+def _unserved(rewards: Rewards, auxiliary: Sequence[str] = ()) -> Iterator[str]:
     """Yield a message for each missing service."""
     if rewards.scorer is None and not (rewards.judge and rewards.judge_model):
         yield "rewards: expected judge and judge_model, or a scorer"
     wanted = rewards.weights.get("consistency") or rewards.floor is not None
     if rewards.scorer is None and not rewards.consistency and wanted:
         yield "rewards.consistency: expected the URL of a server, or weight 0 and no floor for it"
+    named = [name for name in auxiliary if name in ("consistency", CONSECUTIVE)]
+    if rewards.scorer is None and not rewards.consistency and named and not wanted:
+        yield f"rewards.consistency: expected the URL of a server for gate.auxiliary, {named[0]}"
 
 
 def _ignored(config: Config, base: Config) -> Iterator[str]:
@@ -244,6 +308,11 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
         ("rewards", "floor_maximum"): (rewards.floor is not None, "rewards.floor is given"),
         ("safety", "ratio"): (config.stochastic, "the objective replays steps"),
         ("safety", "ratio_share"): (config.stochastic, "the objective replays steps"),
+        ("gate", "auxiliary"): (learns, "the objective learns from rewards"),
+        ("training", "reset_kl"): (
+            config.training.reset_steps is not None,
+            "training.reset_steps is given",
+        ),
         ("training", "final_rate"): (
             config.training.schedule != "constant",
             "training.schedule is not constant",
@@ -258,6 +327,8 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
                  "reasoning_tokens", "chat_template_kwargs", "extra_body", "concurrency",
                  "timeout"):  # fmt: skip
         unread["rewards", name] = (reads_judge, "there is no rewards.scorer")
+    for name in ("share", "minimum", "maximum", "window"):
+        unread["gate", name] = (bool(config.gate.auxiliary), "gate.auxiliary is given")
     unread["safety", "drift_members"] = (learns, "the objective learns from rewards")
     for name in ("drift_rounds", "drift_width"):
         watched = learns and safety.drift_members > 0

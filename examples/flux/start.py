@@ -130,6 +130,8 @@ def initial_state(config: Config) -> State:
         else AdaptiveKL(training.kl_target, config.objective.kl_coef),
         history=RewardHistory(history) if history else None,
         depth=config.curriculum,
+        gate=config.gate.adaptive,
+        reset=training.reset,
     )
 
 

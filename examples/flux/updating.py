@@ -8,10 +8,19 @@ import torch
 from torch import Tensor
 
 from mteditflow import RatioCheck, gather_ranks
-from mteditflow.objectives import Buckets, Output, ReplayObjective, Samples, Units, Velocity
+from mteditflow.objectives import (
+    Buckets,
+    Output,
+    ReplayObjective,
+    Samples,
+    Units,
+    Velocity,
+    gate_kl,
+)
 from mteditflow.pipelines import ReplayError, Rollout, shared_casts
 from mteditflow.training import Update, Updater, most_parts
 
+from .gating import counting_gated
 from .run import Run
 
 
@@ -22,6 +31,7 @@ def update(
     rollout: Samples,
     advantage: Tensor | None,
     valid: Tensor | None,
+    gate: Tensor | None = None,
 ) -> None:
     """Take the optimizer steps of a round: every minibatch of every inner epoch.
 
@@ -33,18 +43,21 @@ def update(
         advantage: advantage of each turn, [B, N], or of each token, [B, N, ...]; None for
             objectives without a reward.
         valid: turns to train on, boolean [B, N].
+        gate: trajectories that keep their KL to the reference, boolean [B]; None: all.
     """
     training, objective, batch = run.config.training, run.objective, run.config.training.batch
 
     def losses(part: Units) -> Output:
         equal = run.policies.old_equals_current
-        return objective(velocity, rollout, part, old_is_current=equal)
+        output = objective(velocity, rollout, part, old_is_current=equal)
+        return output if gate is None else counting_gated(output, part, gate)
 
     for epoch in range(training.inner_epochs):
         key = run.key.of_epoch(epoch)
         for units in objective.units(
             rollout, advantage, valid, key=key, minibatches=training.minibatches
         ):
+            units = units if gate is None else gate_kl(units, gate)
             # All ranks run equally many parts: gradients and sharded weights are collective.
             parts = units.split(batch, parts=most_parts(units, batch, device=run.device))
             with _casts(run):

@@ -7,7 +7,8 @@ Only such rows need a KL to the reference; the others are trained without one::
     gate = uncertainty_gate(uncertainty, share.value)
     advantage = diversity_advantage(group_advantage(reward, group), group_diversity(f, group))
     loss = policy_loss + kl_coef * gate * velocity_kl(velocity, reference_velocity)
-    share, reset = share.update(float(uncertainty.mean())), reset.update(mean_kl)
+    mean = float(uncertainty[uncertainty >= 0].mean())  # of all it is 0 but for ties
+    share, reset = share.update(mean), reset.update(mean_kl)
 
 If ``reset.due``, copy the policy's weights to the reference and continue from
 ``reset.restarted()``.

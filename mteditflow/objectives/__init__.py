@@ -17,6 +17,7 @@ from mteditflow.objectives.grouped import GroupObjective
 from mteditflow.objectives.grpo import GRPO
 from mteditflow.objectives.guard import Guard
 from mteditflow.objectives.keys import RoundKey, keyed_generator
+from mteditflow.objectives.kl_gate import gate_kl
 from mteditflow.objectives.mt_opsd import MTOPSD, WornSamples
 from mteditflow.objectives.nft import NFT
 from mteditflow.objectives.replay import ReplayObjective
@@ -67,6 +68,7 @@ __all__ = [
     "Units",
     "Velocity",
     "WornSamples",
+    "gate_kl",
     "keyed_generator",
     "training_rows",
 ]

@@ -52,6 +52,7 @@ class LoraPolicies:
         config: rank, scale, dropout and target modules of the adapters, and biases.
         seed: seed of the initial weights; the global generators do not change.
         ema: whether there is an averaged policy.
+        resettable: whether ``reset_reference`` may move the reference, which takes an adapter more.
         start: LoRA to begin with, continued or frozen below the adapters; None: the base model.
         few_steps: weights of a LoRA as ``read_lora`` returns them, such as one distilled for few
             steps, that is active only inside ``use(policy, few_steps=True)``. It is neither trained
@@ -93,6 +94,7 @@ class LoraPolicies:
         *,
         seed: int = 0,
         ema: bool = False,
+        resettable: bool = False,
         start: Start | None = None,
         few_steps: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -104,7 +106,8 @@ class LoraPolicies:
             raise ValueError("model: expected one without adapters; fuse or unload them first")
         check_passes_gradients(self._bare)
         self._may_be_equal = True
-        self._adapters = ("current", "old", "ema") if ema else ("current", "old")
+        self._adapters = ("current", "old", *["ema"] * ema, *["reference"] * resettable)
+        self._reference_was_reset = False
         model.requires_grad_(False)
         # The order decides which random numbers are current's: changing it changes every run.
         drawn = ("old", "current", *self._adapters[2:])
@@ -224,6 +227,41 @@ class LoraPolicies:
         """
         self._follow("ema", decay)
 
+    @property
+    def reference_was_reset(self) -> bool:
+        """Whether the reference has weights of its own: those of the last ``reset_reference``."""
+        return self._reference_was_reset
+
+    def reset_reference(self) -> None:
+        """Let the reference be the current policy as it is now; until then it is as at the start.
+
+        Raises:
+            ValueError: the policies were made without ``resettable``.
+            RuntimeError: the model is another policy than the current one, inside of ``use``.
+
+        Source: the reference's reset of GARDO (arXiv 2512.24138); see ``ReferenceReset``.
+
+        Example:
+            >>> model = nn.Sequential(nn.Linear(2, 2))
+            >>> config = LoraConfig(r=1, target_modules=["0"])
+            >>> policies = LoraPolicies(model, config, resettable=True)
+            >>> with torch.no_grad():
+            ...     _ = policies.parameters()[1].add_(1.0)
+            >>> x, distance = torch.ones(1, 2), []
+            >>> for reset in (lambda: None, policies.reset_reference):
+            ...     reset()
+            ...     with policies.use("reference"):
+            ...         reference = model(x)
+            ...     distance.append(bool((reference != model(x)).any()))
+            >>> distance
+            [True, False]
+        """
+        if "reference" not in self._adapters:
+            raise ValueError("resettable: expected True, so that the reference has weights to set")
+        self.check_current()
+        self._follow("reference", decay=0.0)
+        self._reference_was_reset = True
+
     def state_dict(self, policy: str = "current") -> dict[str, Tensor]:
         """Return the weights of the "current", "old" or "ema" policy, and the scales of its layers.
 
@@ -231,10 +269,15 @@ class LoraPolicies:
         ``<layer>.lora_scale``: weights alone do not determine a policy. All are copies on the CPU,
         and whole; where weights are sharded, every rank must call it.
 
+        "reference" has weights of its own once it was reset.
+
         Raises:
-            ValueError: there is no such policy, or it has no weights, as "reference".
+            ValueError: there is no such policy, or the reference was not reset.
             RuntimeError: DeepSpeed holds the weights, or adapters were changed by other means.
         """
+        self._check_adapter(policy)
+        if policy == "reference" and not self._reference_was_reset:
+            raise ValueError("policy: expected a reference that was reset, got it as at the start")
         return {name: whole(x) for name, x in self._named(policy).items()} | self._scale_state()
 
     def load_state_dict(self, state: Mapping[str, Tensor], policy: str = "current") -> None:
@@ -242,7 +285,7 @@ class LoraPolicies:
 
         Args:
             state: what ``state_dict`` returned, on any number of ranks; the same on every rank.
-            policy: policy whose weights are set.
+            policy: whose weights to set; with "reference" it counts as reset.
 
         Raises:
             ValueError: there is no such policy, or names, shapes or scales are not those of
@@ -253,6 +296,7 @@ class LoraPolicies:
         for name, weight in self._named(policy).items():
             fill(weight, checked[name])
         self._may_be_equal = True
+        self._reference_was_reset |= policy == "reference"
 
     def save(
         self,
@@ -360,7 +404,8 @@ class LoraPolicies:
 
     def _switch(self, policy: str, few_steps: bool = False) -> None:
         self._in_use = policy
-        self._stack = [*self._start.stack(policy), *(["few_steps"] if few_steps else [])]
+        stack = self._start.stack(policy, reset=self._reference_was_reset)
+        self._stack = [*stack, *(["few_steps"] if few_steps else [])]
         activate(self._layers.values(), self._stack)
 
     def _parameters(self, policy: str) -> list[nn.Parameter]:

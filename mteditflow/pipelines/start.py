@@ -56,9 +56,12 @@ class Start:
         """Return the name of its own adapter, if it needs one besides those of the policies."""
         return ("start",) if self.frozen or self.reference == "start" else ()
 
-    def stack(self, policy: str) -> list[str]:
-        """Return the adapters that are active in a policy; an empty list is the base model."""
-        if policy == "reference":
+    def stack(self, policy: str, *, reset: bool = False) -> list[str]:
+        """Return the adapters that are active in a policy; an empty list is the base model.
+
+        ``reset``: whether the reference has an adapter of its own, as the other policies have.
+        """
+        if policy == "reference" and not reset:
             return ["start"] if self.reference == "start" else []
         return ["start", policy] if self.frozen else [policy]
 

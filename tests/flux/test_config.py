@@ -153,7 +153,9 @@ def test_without_a_preset_they_are_listed(kind, capsys):
 def test_another_objective_of_the_kind_takes_the_fields_that_both_have():
     config = parse(["shapes-grpo", "objective:guard", "--objective.clip-low", "0.5"])
     preset = parse(["shapes-grpo"])
-    shared = {f.name for f in dataclasses.fields(preset.objective)}
+    own = {f.name for f in dataclasses.fields(config.objective)}
+    shared = own & {f.name for f in dataclasses.fields(preset.objective)}
+    assert {"clip_low", "clip_high", "kl_coef", "noise_level", "stochastic_steps"} <= shared
     assert isinstance(config.objective, Guard)
     for name in shared - {"clip_low"}:
         assert getattr(config.objective, name) == getattr(preset.objective, name)
@@ -354,6 +356,7 @@ def test_what_cannot_be_run_is_refused(changes, message):
 
 
 GROWS = ["--growth.first", "2", "--data.identity-share", "0.2", "--rewards.weights.identity", "0.5"]
+GATES = ["--gate.auxiliary", "honest", "--objective.kl-coef", "1"]
 IGNORED = {  # field: an option, and options under which it has an effect
     "rewards.discount": ("0.5", ["--rewards.credit", "to_go"]),
     "rewards.trajectory-share": ("0.25", ["--rewards.credit", "mixture"]),
@@ -389,6 +392,11 @@ IGNORED = {  # field: an option, and options under which it has an effect
     "growth.every": ("2", ["--growth.first", "2"]),
     "growth.change": ("9", GROWS),
     "growth.patience": ("3", ["--growth.change", "9", *GROWS]),
+    "gate.share": ("0.2", GATES),
+    "gate.minimum": ("0.05", GATES),
+    "gate.maximum": ("0.5", GATES),
+    "gate.window": ("5", GATES),
+    "training.reset-kl": ("0.1", ["--training.reset-steps", "9", "--objective.kl-coef", "1"]),
 }
 WITHOUT = {
     "safety.collapse-window": ["--safety.collapse-drop", "1"],
@@ -409,6 +417,7 @@ OF_REWARDS = {
     "rewards.regions": "",
     "data.identity-share": "0.1",
     "data.extra-groups": "2",
+    "gate.auxiliary": "honest",
     "safety.drift-members": "2",
 }
 
@@ -437,6 +446,7 @@ def test_a_field_that_has_no_effect_is_refused(name):
 def test_distillation_refuses_what_makes_advantages(name):
     given = option(name, OF_REWARDS[name])
     more = ["--rewards.weights.identity", "1"] if name == "data.identity-share" else []
+    more += ["--objective.kl-coef", "1"] if name == "gate.auxiliary" else []
     parse(["shapes-nft", *given, *more])
     field = ".".join(name.split(".")[:2]).replace("-", "_")
     message = rf"^{field}: has an effect only where the objective learns from rewards"
@@ -460,7 +470,10 @@ def test_every_field_that_may_be_ignored_is_tested():
         base.safety, ratio="warn", ratio_share=0.5, collapse_drop=1.0, collapse_window=3,
         drift_members=0, drift_rounds=9, drift_width=9.0,
     )  # fmt: skip
-    training = dataclasses.replace(base.training, ema_every=3, schedule="constant", final_rate=0.5)
+    training = dataclasses.replace(
+        base.training, ema_every=3, schedule="constant", final_rate=0.5, reset_kl=0.1
+    )
+    gate = dataclasses.replace(base.gate, share=0.2, minimum=0.1, maximum=0.5, window=3)
     model = dataclasses.replace(base.model, lora_start="freeze", lora_reference="start")
     data = dataclasses.replace(
         base.data, identity_share=0.1, identity_instruction="x", extra_groups=2
@@ -468,13 +481,16 @@ def test_every_field_that_may_be_ignored_is_tested():
     growth = dataclasses.replace(base.growth, every=2, change=9.0, patience=3)
     changed = dataclasses.replace(
         base, model=model, data=data, growth=growth, rewards=rewards, safety=safety,
-        training=training,
+        training=training, gate=gate,
     )  # fmt: skip
     with pytest.raises(ConfigError) as refused:
         checked(changed, base)
     named = {line.partition(":")[0] for line in str(refused.value).splitlines()}
-    # Without a floor its rate has no effect, and without regions their weights.
-    assert named == fields - {"rewards.floor", "rewards.regions"}
+    # Without a floor its rate has no effect, without regions their weights, nor a gate's share.
+    assert named == fields - {"rewards.floor", "rewards.regions", "gate.auxiliary"}
+    one = dataclasses.replace(base, gate=dataclasses.replace(base.gate, auxiliary=("honest",)))
+    with pytest.raises(ConfigError, match=r"^gate\.auxiliary: has an effect only where"):
+        checked(one, base)
     for name, value in (("floor", 0.5), ("regions", True)):
         one = dataclasses.replace(base, rewards=dataclasses.replace(base.rewards, **{name: value}))
         with pytest.raises(ConfigError, match=rf"^rewards\.{name}: has an effect only where"):
