@@ -29,7 +29,8 @@ Made by `python -m docs.render_importing`; do not edit. Four files of
 [`examples/importing`](../examples/importing), complete, with their output;
 `tests/test_importing.py` runs each. They run in a clone after `pip install -e '.[train]'`. Every
 name is documented on [the API page](api.md); [a training loop](loop.md) has one objective in place
-of single losses.
+of single losses, GRPO over [your own sampler](loop.md#over-your-own-sampler-flow-grpo), and the way
+[from scores per turn to an advantage](loop.md#from-your-own-scores-to-an-advantage).
 
 | you have | you add |
 |---|---|

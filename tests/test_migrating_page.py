@@ -175,9 +175,11 @@ def test_first_hour_of_flow_grpo():
 
 def test_first_hour_of_diffusion_nft():
     x0, noise, v, old, reference = tensors(5)
-    advantage, t = rewards()[0], column(SIGMA)
+    reward, t = rewards()[0], column(SIGMA)
     given = {"forward_prediction": v, "old_prediction": old, "noise": noise, "x0": x0, "t": t}
-    found = run(1, advantages=advantage, ref_forward_prediction=reference, **given)
+    found = run(1, rewards=reward, group=GROUP, ref_forward_prediction=reference, **given)
+    advantage = peer_advantage(reward, over="batch", eps=1e-4)
+    same(found["advantages"], advantage)
     errors = [t * (noise - x0 - u) for u in (v, 2 * old - v)]
     toward, away = (mean(e**2) / mean(e.abs()) for e in errors)
     r = advantage / 10 + 0.5

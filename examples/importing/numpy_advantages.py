@@ -3,9 +3,10 @@
     python examples/importing/numpy_advantages.py
 
 Shows `torch.from_numpy`, which does not copy, and the conversion back; float64 without conversion;
-lost rewards as NaN, left out of every mean and std; several rewards fused; and statistics per
-prompt of one round, as in flow_grpo: with each prompt's std, or that of the whole batch (its
-`global_std`). Leaves out the trainer, and everything that a torch trainer would not need.
+lost rewards as NaN, left out of every mean and std by a mask; several rewards fused; and statistics
+per prompt of one round, as in flow_grpo: with each prompt's std, or that of the whole batch (its
+`global_std`). Leaves out the trainer, which must skip rows that are not valid; and scores per turn,
+for which `pad_turns` takes None where one was lost, and NaN where there was nothing to measure.
 """
 
 import numpy as np
@@ -16,7 +17,7 @@ from mteditflow import fuse_advantages, group_advantage
 rng = np.random.default_rng(0)
 prompts = np.array(["a red fox", "two cups", "a red fox", "a bridge"] * 6)  # one per trajectory
 rewards = {"following": rng.random(24), "consistency": 0.9 + 0.05 * rng.random(24)}
-rewards["following"][[3, 10]] = np.nan  # the judge did not answer
+rewards["following"][[3, 10]] = np.nan  # here NaN means lost: the judge did not answer
 
 
 def per_prompt_loop(reward: np.ndarray, *, global_std: bool) -> np.ndarray:
@@ -36,7 +37,7 @@ def per_prompt_loop(reward: np.ndarray, *, global_std: bool) -> np.ndarray:
 # Any integers are valid group ids: here, the index of each prompt among the distinct ones.
 group = torch.from_numpy(np.unique(prompts, return_inverse=True)[1])
 tensors = {name: torch.from_numpy(reward) for name, reward in rewards.items()}
-valid = tensors["following"].isfinite()
+valid = tensors["following"].isfinite()  # not lost; in the loss, leave out the other rows
 
 for std, global_std in (("group", False), ("batch", True)):
     advantage = group_advantage(tensors["following"], group, valid=valid, std=std).numpy()

@@ -58,7 +58,8 @@ class Signal(_Signal):
 
     Attributes:
         value: [B] or [B, N]; never read where not measured, so NaN or any other number there.
-        valid: boolean, shape of ``value``: entries that exist and were not lost.
+        valid: boolean, shape of ``value``: entries that exist and were not lost, whether measured
+            or not. (``PaddedTurns.valid`` means "has a score", which is ``measured`` here.)
         measured: boolean, shape of ``value``: valid entries that have a number. If it is omitted,
             every valid entry has one.
 

@@ -44,7 +44,8 @@ class PaddedTurns(NamedTuple):
     Attributes:
         score: [B, N], NaN where ``valid`` is false.
         turn_mask: turns that exist, boolean [B, N].
-        valid: turns that exist and have a score, boolean [B, N].
+        valid: turns that exist and have a score, boolean [B, N]. This is ``Signal.measured`` of
+            a turn; ``Signal.valid`` means "not lost" and is true for unmeasured turns, too.
         lost: turns whose score was requested and did not arrive, boolean [B, N].
 
     Example:
@@ -77,6 +78,10 @@ def pad_turns(
 ) -> PaddedTurns:
     """Pad one list of scores per chain to tensors, with masks of existing, valid and lost turns.
 
+    A numpy array or a tensor cannot hold ``None``, and NaN means unmeasured here. Where NaN marks a
+    lost score, give lists with ``None`` in its place, or skip this function and pass the mask
+    ``lost`` to a ``Credit``.
+
     Args:
         scores: one list per trajectory of one score per turn, at least one turn each. Scores are
             floats, integers or booleans, ``None`` where a score was lost, and NaN where there was
@@ -84,9 +89,11 @@ def pad_turns(
         dtype: dtype of the scores, float32 or float64.
 
     Returns:
-        PaddedTurns, on the CPU. Pass ``score`` and ``valid`` to an aggregator, which averages the
-        measured scores, or ``score``, ``turn_mask``, ``unmeasured`` and ``lost`` to a ``Credit``,
-        which also invalidates the credit that lost scores affect.
+        PaddedTurns, on the CPU. Pass ``score``, ``turn_mask``, ``unmeasured`` and ``lost`` to a
+        ``Credit``, which averages the measured scores and invalidates the credit that lost scores
+        affect. An aggregator with ``turn_mask=padded.valid`` averages the remaining turns of a
+        chain that lost one; mark such chains invalid by ``valid=~padded.lost.any(dim=1)`` in
+        ``group_advantage`` or ``fuse_advantages``. It raises for a chain without any score.
 
     Raises:
         ValueError: there is no chain, a chain has no turn, a score is infinite, or an integer is
@@ -100,6 +107,18 @@ def pad_turns(
                 [0.5000,    nan,    nan]])
         >>> padded.turn_mask.sum(dim=1), padded.valid.sum(dim=1), padded.lost.sum(dim=1)
         (tensor([3, 1]), tensor([2, 1]), tensor([1, 0]))
+
+        One reward per chain; the first has none, because it lost a score:
+
+        >>> from mteditflow import TrajectoryCredit, likert_average
+        >>> p = pad_turns([[5, 1, None], [3, float("nan")]])
+        >>> signal = TrajectoryCredit(likert_average)(
+        ...     p.score, turn_mask=p.turn_mask, unmeasured=p.unmeasured, lost=p.lost
+        ... )
+        >>> signal.value[:, 0], signal.valid[:, 0]
+        (tensor([   nan, 0.5000]), tensor([False,  True]))
+        >>> likert_average(p.score, turn_mask=p.valid)  # over the turns that are left
+        tensor([0.5000, 0.5000])
     """
     if not any(dtype is full for full in (torch.float32, torch.float64)):
         got = dtype if isinstance(dtype, torch.dtype) else type(dtype).__name__

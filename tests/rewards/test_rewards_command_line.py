@@ -17,6 +17,7 @@ from mteditflow.rewards import __main__ as command
 from mteditflow.rewards.__main__ import app
 from mteditflow.rewards.server.__main__ import app as server_app
 from mteditflow.testing.endpoint import ScriptedServer, error
+from tests.loops import some
 from tests.rewards.judge.test_judge import completion, honest, of_the_judge
 
 PAGE = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text("utf-8")
@@ -159,13 +160,36 @@ def test_commands_of_the_page_exist_with_their_options(line):
 
 
 @pytest.mark.slow
-def test_the_loop_of_the_page_runs(tiny_models, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("lost", [False, True])
+def test_the_loop_of_the_page_trains_on_what_was_not_lost(
+    tiny_models, tmp_path, monkeypatch, capsys, lost
+):
     monkeypatch.chdir(tmp_path)
     [code] = (code for code in PYTHON if "ConsistencyClient(" in code)
+    changes = {"if len(units) == 0:": "seen.append(units)\n                if len(units) == 0:"}
+    if lost:
+        changes |= {"[chain] * 4": "[chain] * 3 + [other]", "=0.2)": "=0.5)"}
+    for text, other in some(changes.items()):
+        assert code.count(text) == 1
+        code = code.replace(text, other)
+    code = code.replace(
+        "\nmodel =",
+        "\nother = chain.model_copy(update={'instructions': ('Lose it', 'Blur')})\nmodel =",
+        1,
+    )
     thoughts = '{"turns": [{"analysis": "a", "score": 4}, {"analysis": "b", "score": 2}]}'
-    judge, server = ScriptedServer(lambda _: completion(thoughts)), models_server(tiny_models)
+
+    def answer(request):
+        return completion("none" if "Lose it" in str(request["messages"]) else thoughts)
+
+    judge, server = ScriptedServer(answer), models_server(tiny_models)
     with judge, ServerProcess(server) as consistency:
         code = code.replace("http://127.0.0.1:8000/v1", judge.url)
         code = code.replace("http://127.0.0.1:8200/v1", consistency.url)
-        exec(compile(code, "docs/rewards.md", "exec"), {})
-    assert capsys.readouterr().out.count("0.0 {} tensor(") == 2
+        names = {"seen": []}
+        exec(compile(code, "docs/rewards.md", "exec"), names)
+    printed = capsys.readouterr().out
+    assert printed.count("0.25 {" if lost else "0.0 {} tensor(") == 2
+    assert names["model"].weight.grad.any()
+    for units in some(names["seen"]):  # a row that lost a score gets no gradient
+        assert {*units.rows[:, 0, 0].tolist()} == {*range(3 if lost else 4)}
