@@ -83,6 +83,17 @@ def in_place(reward, group, valid=None):
     return advantage
 
 
+def ids_in_place(reward, group, valid=None):
+    advantage = in_groups(sound)(reward, group, valid)
+    group -= group.min().item()
+    return advantage
+
+
+def counted_ids(reward, group):
+    total, count = np.bincount(group, reward), np.bincount(group)
+    return reward - (total / np.maximum(count, 1))[group]
+
+
 def over_the_batch(reward, group, valid=None):
     spread = reward.std(correction=0)
     return in_groups(lambda x: (x - x.mean()) / (spread + 1e-4))(reward, group, valid)
@@ -302,6 +313,12 @@ ADVANTAGE = [
     ("a tensor on the default device", advantage(default_device), "default-dtype-and-device"),
     ("a gradient to the reward", advantage(with_gradient, detaches=True), "no-gradient"),
     ("the argument changed in place", advantage(in_place), "pure"),
+    ("the ids changed in place", advantage(ids_in_place), "pure"),
+    (
+        "ids counted up to the largest",
+        advantage(counted_ids, signature="numpy", std="none"),
+        "relabeled-groups",
+    ),
     ("a tracker never cleared", advantage(Remembering(), signature="numpy"), "pure"),
     (
         "statistics in half precision",
