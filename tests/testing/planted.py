@@ -175,6 +175,12 @@ def in_blocks(reward, group, valid=None):
     return torch.cat([in_groups(sound)(reward[part], group[part]) for part in parts])
 
 
+def fourth_group_raw(reward, group, valid=None):
+    names = sorted(set(group.tolist()))
+    raw = group == names[-1] if len(names) > 3 else torch.zeros_like(group, dtype=torch.bool)
+    return torch.where(raw, reward, in_groups(sound)(reward, group, valid))
+
+
 def sums_of_deviations(x):
     return len(x) * (x - x.mean())
 
@@ -284,6 +290,8 @@ ADVANTAGE = [
     ("the first eight members", grouped(first_eight), "large-groups"),
     ("blocks of 32 rows", advantage(in_blocks), "large-groups"),
     ("advantages clipped at 1", grouped(lambda x: sound(x).clamp(-1, 1)), "large-groups"),
+    ("advantages clipped at 5", grouped(lambda x: sound(x).clamp(-5, 5)), "large-groups"),
+    ("the fourth group left raw", advantage(fourth_group_raw), "large-groups"),
     ("integers in, integers out", advantage(in_the_dtype_of_rewards), "whole-numbers"),
     ("a global seed", advantage(seeded), "pure"),
     ("half the size", grouped(lambda x: sound(x) / 2), "size"),
