@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn
 
 from mteditflow.testing.kinds import KINDS
-from mteditflow.testing.law import EXAMPLES, SEARCH, Laws, Result, report
+from mteditflow.testing.law import EXAMPLES, SEARCH, Laws, Result
 from mteditflow.testing.signatures import SIGNATURES
 
 HELP = {
@@ -61,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     laws: Laws[Any] = KINDS[options.pop("kind")]
     search = {name: options.pop(name) for name in SEARCH}
     target = options.pop("function")
+    if not faulthandler.is_enabled():
+        with suppress(OSError, RuntimeError, ValueError):  # stderr may be no file
+            faulthandler.enable()  # a crash in native code shows the line that called it
     try:
         function = _load("function", target)
         signature = options.get("signature", "")
@@ -80,19 +85,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _table(laws: Laws[Any], results: Any, examples: int) -> int:
-    """Print one line per law as soon as it is checked, then the broken ones in full."""
+    """Print one line per law as soon as it is checked, a broken one with its case.
+
+    An exception or wrong type that several laws share is printed once.
+    """
     width = max(len(law.name) for law in laws)
     done: list[Result] = []
+    shared: dict[str, list[str]] = {}
     for result in results:
         done.append(result)
         name, statement = result.about.name, result.about.statement
         verdict = "BROKEN" if result.broken else "skipped" if result.skipped else "holds"
         detail = f"{statement} ({result.skipped})" if result.skipped else statement
         sys.stdout.write(f"  {verdict:<7}  {name:<{width}}  {detail}\n")
+        if result.broken is not None:
+            alike = shared.setdefault(result.broken.cause or name, [])
+            alike.append(name)
+            if len(alike) == 1:
+                sys.stdout.write(f"\n{result.broken}\n\n")
+            else:
+                sys.stdout.write(f"{'':<11}as {alike[0]}, above\n")
         sys.stdout.flush()
     broken = [result.broken for result in done if result.broken is not None]
-    if broken:
-        sys.stdout.write(f"\n{report(broken)}\n")
+    for alike in shared.values():
+        if len(alike) > 1:
+            words = f"{len(alike)} laws break in one way: {', '.join(alike)}"
+            sys.stdout.write(f"\n{words}\n")
     skipped = sum(result.skipped is not None for result in done)
     held = len(done) - len(broken) - skipped
     sys.stdout.write(
@@ -116,16 +134,16 @@ def _parser() -> _Parser:
             sub.add_argument(f"--{option.name.replace('_', '-')}", **_argument(option))
         sub.add_argument("--examples", type=int, default=EXAMPLES, help="cases for each law (200)")
         sub.add_argument("--seed", type=int, default=0, help="another seed draws other cases (0)")
-        for flag, text in (("only", "check these alone"), ("without", "leave these out")):
+        for flag, about in (("only", "check these alone"), ("without", "leave these out")):
             sub.add_argument(
-                f"--{flag}", nargs="+", action="extend", default=[], metavar="LAW", help=text
+                f"--{flag}", nargs="+", action="extend", default=[], metavar="LAW", help=about
             )
     return parser
 
 
 def _argument(option: Field[Any]) -> dict[str, Any]:
     """Return the keyword arguments of ``add_argument`` for an option of a subject."""
-    text = HELP[option.name]
+    about = HELP[option.name]
     default = option.default
     if option.name == "inputs":
         return {
@@ -133,26 +151,26 @@ def _argument(option: Field[Any]) -> dict[str, Any]:
             "required": True,
             "action": _Roles,
             "metavar": "NAME=ROLE",
-            "help": text,
+            "help": about,
         }
     if default is MISSING or isinstance(default, tuple):
         kind: Callable[[str], Any] = str if default is MISSING else float
         required = default is MISSING
         shown = "" if default is MISSING else f" ({' '.join(map(str, default))})"
         return {"nargs": "+", "type": kind, "default": () if required else default,
-                "action": _Tuple, "required": required, "help": text + shown}  # fmt: skip
+                "action": _Tuple, "required": required, "help": about + shown}  # fmt: skip
     if isinstance(default, bool):
         shown = "yes" if default else "no"
         return {
             "action": argparse.BooleanOptionalAction,
             "default": default,
-            "help": f"{text} ({shown})",
+            "help": f"{about} ({shown})",
         }
     if option.name in ("valid", "clip_low", "clip_high"):
         kind = str if option.name == "valid" else float
         shown = "none" if default is None else default
-        return {"type": _optional(kind), "default": default, "help": f"{text} ({shown})"}
-    return {"type": type(default), "default": default, "help": f"{text} ({default})"}
+        return {"type": _optional(kind), "default": default, "help": f"{about} ({shown})"}
+    return {"type": type(default), "default": default, "help": f"{about} ({default})"}
 
 
 class _Tuple(argparse.Action):

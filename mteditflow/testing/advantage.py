@@ -107,8 +107,9 @@ class GroupAdvantage(Subject):
         return expect_array(result, reward.shape, case)
 
     def batches(self, **options: Any) -> st.SearchStrategy[RewardBatch]:
-        """Return a strategy for batches that the convention can express."""
-        own = {"ragged": self.convention.ragged, "lost": False, "min_members": self.min_members}
+        """Return a strategy for batches that the convention can express, with ids in 0..8."""
+        own = {"ragged": self.convention.ragged, "lost": False, "min_members": self.min_members,
+               "far_ids": False}  # fmt: skip
         return reward_batches(**own | options)
 
 
@@ -155,14 +156,19 @@ def pure(f: GroupAdvantage, data: DataObject) -> None:
     # Hypothesis seeds both with 0, so a function that does the same would leave the state equal.
     random.random()
     np.random.random()  # noqa: NPY002
-    before = _global_state()
+    state = _global_state()
     first = call(f.convention.call, _case(batch), f.function, reward, group, None)
-    changed = [name for name, value in _global_state().items() if value != before[name]]
+    changed = [name for name, value in _global_state().items() if value != state[name]]
     if changed:
         fail(_case(batch), "global state as it was", f"another {', '.join(changed)}")
     first = f.advantages(first, _case(batch)).clone()
-    if not torch.equal(reward, batch.reward) or not torch.equal(group, batch.group):
-        fail(_case(batch), "unchanged arguments", f"reward = {reward.tolist()}")
+    for name, before, after in (("reward", batch.reward, reward), ("group", batch.group, group)):
+        if not torch.equal(before, after):
+            fail(
+                _case(batch),
+                f"{name} unchanged, {text(before)}",
+                f"{name} changed in place to {text(after)}",
+            )
     expect_close(f(batch.reward, batch.group), first, _case(batch), tolerance=0.0)
 
 
@@ -181,25 +187,48 @@ def permutation(f: GroupAdvantage, data: DataObject) -> None:
     expect_close(got, expected, _case(batch, order=order), tolerance=f.tolerance)
 
 
-@ADVANTAGE.law(
-    why="Ids are hashes or dataset indices; ids converted to float32, or used as positions, "
-    "silently merge groups.",
-)
-def relabeled_groups(f: GroupAdvantage, data: DataObject) -> None:
-    """Group ids are names: any other distinct integers give the same advantages."""
+def _moderate_ids(f: GroupAdvantage, data: DataObject) -> None:
+    """Check ids that no function needs much memory for, even one that counts up to the largest."""
     dtype = data.draw(st.sampled_from(f.convention.ids))
+    limits = torch.iinfo(dtype)
+    ids = st.integers(max(limits.min, -3), 8)
+    ids |= st.integers(max(limits.min, -(10**5)), min(limits.max, 10**5))
+    _relabel(f, data, dtype, lambda n: st.lists(ids, min_size=n, max_size=n, unique=True))
+
+
+def _relabel(
+    f: GroupAdvantage,
+    data: DataObject,
+    dtype: torch.dtype,
+    ids: Callable[[int], st.SearchStrategy[list[int]]],
+) -> None:
+    """Compare ids of a strategy, which ``ids`` returns for their number, with 0, 1, ..."""
     batch = data.draw(f.batches(constant=False))
     dense = dense_ids(batch.group)
-    count = int(dense.max()) + 1
-    new = data.draw(group_ids(dtype=dtype, least=count, most=count))
-    # Ids that agree in their low 16 or 32 bits catch truncation to a smaller dtype.
-    if dtype == torch.int64 and data.draw(st.integers(0, 2)) == 2:
-        stride = 2 ** data.draw(st.sampled_from([16, 32]))
-        new = [7 + k * stride for k in range(count)]
+    new = data.draw(ids(int(dense.max()) + 1))
     relabeled = as_ids([new[i] for i in dense.tolist()], dtype)  # torch 2.6 indexes no uint16
     expected = f(batch.reward, dense)
     got = f(batch.reward, relabeled)
     expect_close(got, expected, _case(batch._replace(group=relabeled)), tolerance=f.tolerance)
+
+
+# A function that uses ids as positions may end the process at an id of 2**63 - 1, as numpy's
+# bincount does. Moderate ids, which come first, find most such functions without.
+@ADVANTAGE.law(
+    why="Ids are hashes or dataset indices; ids converted to float32, or used as positions, "
+    "merge groups without an error.",
+    first=_moderate_ids,
+)
+def relabeled_groups(f: GroupAdvantage, data: DataObject) -> None:
+    """Group ids are names: any other distinct integers give the same advantages."""
+    # Ids that agree in their low 16 or 32 bits catch truncation to a smaller dtype.
+    if torch.int64 in f.convention.ids and data.draw(st.integers(0, 3)) == 3:
+        stride = 2 ** data.draw(st.sampled_from([16, 32]))
+        ids = [7 + k * stride for k in range(3)]
+        _relabel(f, data, torch.int64, lambda count: st.just(ids[:count]))
+        return
+    dtype = data.draw(st.sampled_from(f.convention.ids))
+    _relabel(f, data, dtype, lambda n: group_ids(dtype=dtype, least=n, most=n))
 
 
 @ADVANTAGE.law(
@@ -271,16 +300,19 @@ def size(f: GroupAdvantage, data: DataObject) -> None:
 
 @ADVANTAGE.law(
     why="Real groups have 16 to 64 members; a function that reads only the first eight, or "
-    "normalizes blocks of rows, is right only on small tests.",
+    "normalizes blocks of rows, is right only on small tests, and a clamp at 5 cuts the only "
+    "success among 32.",
 )
 def large_groups(f: GroupAdvantage, data: DataObject) -> None:
     """Sum and size of the advantages are right in large groups, too."""
     generator = torch.Generator(device="cpu").manual_seed(data.draw(st.integers(0, 999)))
-    members, groups = data.draw(st.sampled_from([16, 24, 48])), data.draw(st.integers(1, 3))
+    members, groups = data.draw(st.sampled_from([16, 24, 48, 64])), data.draw(st.integers(1, 5))
     reward = torch.rand(groups * members, generator=generator, dtype=torch.float64, device="cpu")
+    if data.draw(st.booleans()):  # one success per group: of 32 members it has advantage 5.6
+        reward = (torch.arange(len(reward), device="cpu") < groups).double()
     order = torch.randperm(len(reward), generator=generator, device="cpu")
     batch = RewardBatch(
-        reward, (torch.arange(len(reward), device="cpu") % groups)[order], order >= 0
+        reward[order], (torch.arange(len(reward), device="cpu") % groups)[order], order >= 0
     )
     _check_sum(f, batch)
     _check_size(f, batch)

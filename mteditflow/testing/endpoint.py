@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Answer = Callable[[Any], Any]
+HANG = 3.0  # seconds without an answer; a shorter timeout of the client is met
+WORDS = "I cannot judge this"
 HUGE = 2**24 + 1  # bytes, one more than the limit of mteditflow's own clients
 
 
@@ -155,6 +157,33 @@ async def huge(exchange: Exchange) -> None:
     await exchange.reply(json.dumps(exchange.right()).encode() + b" " * HUGE)
 
 
+async def hanging(exchange: Exchange) -> None:
+    """Close the connection after ``HANG`` seconds without a response."""
+    await asyncio.sleep(HANG)
+    exchange.writer.close()
+
+
+async def in_words(exchange: Exchange) -> None:
+    """Send the right JSON with words in place of the content, or of every number."""
+    right = exchange.right()
+    chat = isinstance(right, dict) and "choices" in right
+    await exchange.reply(_content(right) if chat else _numbers(right))
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: WORDS if k == "content" else _content(x) for k, x in value.items()}
+    return [_content(x) for x in value] if isinstance(value, list) else value
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _numbers(x) for k, x in value.items()}
+    if isinstance(value, list):
+        return [_numbers(x) for x in value]
+    return WORDS if isinstance(value, (int, float)) else value
+
+
 def error(status: int, message: str = "scripted", **headers: str) -> Behavior:
     """Return a behavior that sends an error status with a JSON body."""
     return plain({"error": {"message": message}}, status=status, **headers)
@@ -167,7 +196,7 @@ JSON_LIST = plain([1, 2, 3])
 NO_CHOICES = plain({"id": "scripted", "choices": None})
 ERROR_IN_200 = plain({"error": {"message": "out of memory", "code": 500}})
 
-#: Failures of JSON over HTTP by name; each loses a response, and none sleeps.
+#: Failures of JSON over HTTP by name; each loses a response, one of them after ``HANG`` seconds.
 FAULTS: Mapping[str, Behavior] = {
     "connection reset": reset,
     "body truncated": truncated,
@@ -184,6 +213,8 @@ FAULTS: Mapping[str, Behavior] = {
     "status 429": error(429, Retry_After="0"),
     "status 500": error(500),
     "status 503": error(503),
+    "an answer in words": in_words,
+    "no answer in time": hanging,
 }
 
 

@@ -113,11 +113,14 @@ class Law(Generic[S]):
         about: name, statement, and why it matters.
         holds: draws a case, calls the function and raises ``LawBroken``.
         skip: returns the reason why the law does not apply to a function, or ``None``.
+        first: a form of ``holds`` with milder cases, searched before with half as many examples;
+            ``None``: there is none. If it is broken, ``holds`` draws nothing.
     """
 
     about: About
     holds: Callable[[S, DataObject], None]
     skip: Callable[[S], str | None]
+    first: Callable[[S, DataObject], None] | None = None
 
     @property
     def name(self) -> str:
@@ -144,6 +147,8 @@ class Law(Generic[S]):
         if reason is not None:
             raise ValueError(f"{self.name} does not apply: {reason}")
         try:
+            if self.first is not None:
+                _search(self.first, subject, (examples + 1) // 2, seed)
             _search(self.holds, subject, examples, seed)
         except Flaky:
             got = "another one: it depends on earlier calls, or on random numbers of its own"
@@ -217,19 +222,24 @@ class Laws(Generic[S]):
         return self._laws[name]
 
     def law(
-        self, *, why: str, skip: Callable[[S], str | None] | None = None
+        self,
+        *,
+        why: str,
+        skip: Callable[[S], str | None] | None = None,
+        first: Callable[[S, DataObject], None] | None = None,
     ) -> Callable[[Callable[[S, DataObject], None]], Callable[[S, DataObject], None]]:
         """Return a decorator that declares a law, named and stated by its function and docstring.
 
         Args:
             why: consequence for training if the law does not hold, one sentence.
             skip: returns the reason why the law does not apply to a function, or ``None``.
+            first: a form with milder cases, as in ``Law``.
         """
 
         def declare(holds: Callable[[S, DataObject], None]) -> Callable[[S, DataObject], None]:
             statement = " ".join((holds.__doc__ or "").split())
             about = About(holds.__name__.replace("_", "-"), statement, why)
-            self._laws[about.name] = Law(about, holds, skip or (lambda _: None))
+            self._laws[about.name] = Law(about, holds, skip or (lambda _: None), first)
             return holds
 
         return declare
@@ -238,10 +248,12 @@ class Laws(Generic[S]):
         """Return these laws for another kind of subject, which ``view`` converts to this one."""
 
         def seen(law: Law[S]) -> Law[T]:
+            first = law.first
             return Law(
                 law.about,
                 lambda subject, data: law.holds(view(subject), data),
                 lambda subject: law.skip(view(subject)),
+                None if first is None else (lambda subject, data: first(view(subject), data)),
             )
 
         return [seen(law) for law in self]

@@ -65,7 +65,7 @@ class TurnBatch(NamedTuple):
 
 @cache
 def group_ids(
-    *, dtype: torch.dtype = torch.int64, least: int = 1, most: int = 3
+    *, dtype: torch.dtype = torch.int64, least: int = 1, most: int = 3, far: bool = True
 ) -> SearchStrategy[list[int]]:
     """Strategy for distinct group ids: small, or neighbors anywhere in the dtype's range.
 
@@ -73,9 +73,10 @@ def group_ids(
         dtype: an integer dtype.
         least: smallest number of ids.
         most: largest number of ids.
+        far: whether ids may be negative or large; otherwise they are in 0..8.
     """
     low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
-    small = st.integers(max(low, -3), 8)
+    small = st.integers(max(low, -3) if far else 0, 8)
     start = st.sampled_from([low, high - 8]) | st.integers(low, high - 8)
 
     def distinct(ids: SearchStrategy[int]) -> SearchStrategy[list[int]]:
@@ -87,7 +88,7 @@ def group_ids(
             lambda stride: distinct(st.integers(0, 8).map(lambda k: first + k * stride))
         )
 
-    return distinct(small) | start.flatmap(near)
+    return distinct(small) | start.flatmap(near) if far else distinct(small)
 
 
 @cache
@@ -104,6 +105,7 @@ def reward_batches(
     number: Number = eighths,
     dtype: torch.dtype = torch.float64,
     id_dtype: torch.dtype = torch.int64,
+    far_ids: bool = True,
 ) -> RewardBatch:
     """Strategy for rewards in groups, in any order.
 
@@ -118,6 +120,7 @@ def reward_batches(
         number: maps a byte to a reward.
         dtype: dtype of ``reward``.
         id_dtype: dtype of ``group``.
+        far_ids: whether ids may be negative or large, as in ``group_ids``.
 
     Returns:
         A strategy for ``RewardBatch``.
@@ -130,7 +133,7 @@ def reward_batches(
     """
     # Strings have a fixed length, independent of earlier draws, so that each part shrinks alone.
     most = max_groups * max_members
-    ids = draw(group_ids(dtype=id_dtype, most=max_groups))
+    ids = draw(group_ids(dtype=id_dtype, most=max_groups, far=far_ids))
     more, equal = _bytes(draw, max_groups), _bytes(draw, max_groups)
     numbers, lost_at, keys = (_bytes(draw, most) for _ in range(3))
     sizes = [

@@ -83,6 +83,17 @@ def in_place(reward, group, valid=None):
     return advantage
 
 
+def ids_in_place(reward, group, valid=None):
+    advantage = in_groups(sound)(reward, group, valid)
+    group -= group.min().item()
+    return advantage
+
+
+def counted_ids(reward, group):
+    total, count = np.bincount(group, reward), np.bincount(group)
+    return reward - (total / np.maximum(count, 1))[group]
+
+
 def over_the_batch(reward, group, valid=None):
     spread = reward.std(correction=0)
     return in_groups(lambda x: (x - x.mean()) / (spread + 1e-4))(reward, group, valid)
@@ -162,6 +173,12 @@ def first_eight(x):
 def in_blocks(reward, group, valid=None):
     parts = [slice(i, i + 32) for i in range(0, len(reward), 32)]
     return torch.cat([in_groups(sound)(reward[part], group[part]) for part in parts])
+
+
+def fourth_group_raw(reward, group, valid=None):
+    names = sorted(set(group.tolist()))
+    raw = group == names[-1] if len(names) > 3 else torch.zeros_like(group, dtype=torch.bool)
+    return torch.where(raw, reward, in_groups(sound)(reward, group, valid))
 
 
 def sums_of_deviations(x):
@@ -273,6 +290,8 @@ ADVANTAGE = [
     ("the first eight members", grouped(first_eight), "large-groups"),
     ("blocks of 32 rows", advantage(in_blocks), "large-groups"),
     ("advantages clipped at 1", grouped(lambda x: sound(x).clamp(-1, 1)), "large-groups"),
+    ("advantages clipped at 5", grouped(lambda x: sound(x).clamp(-5, 5)), "large-groups"),
+    ("the fourth group left raw", advantage(fourth_group_raw), "large-groups"),
     ("integers in, integers out", advantage(in_the_dtype_of_rewards), "whole-numbers"),
     ("a global seed", advantage(seeded), "pure"),
     ("half the size", grouped(lambda x: sound(x) / 2), "size"),
@@ -302,6 +321,12 @@ ADVANTAGE = [
     ("a tensor on the default device", advantage(default_device), "default-dtype-and-device"),
     ("a gradient to the reward", advantage(with_gradient, detaches=True), "no-gradient"),
     ("the argument changed in place", advantage(in_place), "pure"),
+    ("the ids changed in place", advantage(ids_in_place), "pure"),
+    (
+        "ids counted up to the largest",
+        advantage(counted_ids, signature="numpy", std="none"),
+        "relabeled-groups",
+    ),
     ("a tracker never cleared", advantage(Remembering(), signature="numpy"), "pure"),
     (
         "statistics in half precision",

@@ -1,5 +1,6 @@
 """`mteditflow check`: a table, the failing case, and exit codes."""
 
+import re
 import sys
 
 import pytest
@@ -32,6 +33,10 @@ def surrogate(log_prob, old_log_prob, advantage):
 
 def stops(reward, group):
     raise SystemExit(3)
+
+def counts(reward, group):
+    mean = np.bincount(group, reward) / np.maximum(np.bincount(group), 1)
+    return reward - mean[group]
 
 def raises(reward, group):
     raise TypeError("inside")
@@ -93,11 +98,22 @@ def test_a_wrong_function(capsys):
     assert "\n  valid = [" in out
 
 
+def test_a_broken_law_is_printed_before_the_next_one_is_checked(capsys):
+    """Ids are positions: no law but that of ids draws one that they do not reach."""
+    words = ("USER:counts", "--signature", "numpy", "--examples", "20")
+    only = ("--only", "pure", "relabeled-groups", "shift")
+    code, out = run(capsys, "advantage", *words, *only)
+    assert code == 1
+    assert re.search(r"(?s)\n  BROKEN .*\n  group = \[-1\]\n.*\n  holds    shift ", out)
+    assert out.endswith("\n\n2 hold, 1 broken, 0 skipped; 20 examples each\n")
+
+
 def test_an_exception_inside_the_function_breaks_the_laws_and_is_shown_once(capsys):
     code, out = run(capsys, "advantage", "USER:raises", "--signature", "numpy", "--examples", "1")
     assert code == 1
     assert "\n14 laws break in one way: pure, permutation, " in out
     assert out.count("the exception TypeError: inside") == 1
+    assert out.count("           as pure, above\n") == 13
     assert out.endswith("\n0 hold, 14 broken, 5 skipped; 1 examples each\n")
 
 

@@ -161,6 +161,32 @@ def test_a_function_that_remembers_breaks_the_law_and_ends_nothing():
         ADVANTAGE["permutation"].check(GroupAdvantage(alternating))
 
 
+def test_the_argument_that_changed_is_named():
+    def moves_ids(reward, group):
+        group -= group.min()
+        return numpy_advantage(reward, group)
+
+    with pytest.raises(
+        LawBroken,
+        match=r"expected group unchanged, \[1\]\n  got      group changed in place to \[0\]",
+    ):
+        ADVANTAGE["pure"].check(GroupAdvantage(moves_ids, "numpy"))
+
+
+def test_milder_cases_come_first_and_a_law_that_they_break_draws_no_others():
+    largest = []
+
+    def counts(reward, group):
+        largest.append(int(abs(group).max()))
+        if group.min() < 0:
+            raise ValueError("negative")
+        return numpy_advantage(reward, group)
+
+    with pytest.raises(LawBroken, match=r"group = \[-1\]"):
+        ADVANTAGE["relabeled-groups"].check(GroupAdvantage(counts, "numpy"), examples=50)
+    assert max(largest) <= 10**5
+
+
 @pytest.mark.parametrize(
     ("result", "words"),
     [

@@ -14,7 +14,7 @@ pytest_plugins = ["mteditflow.testing.plugin"]
 
 def ask(url):
     request = urllib.request.Request(f"{url}/chat/completions", json.dumps({}).encode())
-    with urllib.request.urlopen(request, timeout=5) as response:
+    with urllib.request.urlopen(request, timeout=1) as response:
         return float(json.load(response)["choices"][0]["message"]["content"])
 
 
@@ -27,7 +27,7 @@ def ask_or(url, otherwise):
 
 def ask_and_trust_the_status(url):
     try:
-        with urllib.request.urlopen(f"{url}/score", timeout=5) as response:
+        with urllib.request.urlopen(f"{url}/score", timeout=1) as response:
             body = response.read()
     except OSError:
         return None
@@ -37,8 +37,69 @@ def ask_and_trust_the_status(url):
 
 @pytest.mark.parametrize("otherwise", [None, float("nan"), "lost"])
 def test_clients_that_lose_an_answer_openly(otherwise):
-    check_reward_client(lambda url: ask_or(url, otherwise))
+    quick = {name: fault for name, fault in FAULTS.items() if name != "no answer in time"}
+    check_reward_client(lambda url: ask_or(url, otherwise), faults=quick)
+
+
+def test_a_client_that_raises_keeps_every_law():
     check_reward_client(ask)
+    twice = {"endpoint": "sound"}
+    with pytest.raises(LawBroken, match=r"^right-answer-is-the-reward: ") as broken:
+        check_reward_client(lambda url: 2 * ask(url))
+    assert broken.value.case == twice
+    check_reward_client(lambda url: 2 * ask(url), faults={}, reward=8)
+
+
+def zero_for_words(url):
+    with urllib.request.urlopen(f"{url}/chat/completions", timeout=1) as response:
+        content = json.load(response)["choices"][0]["message"]["content"]
+    return float(content) if content.isdigit() else 0.0
+
+
+def half_after_a_timeout(url):
+    try:
+        return ask(url)
+    except TimeoutError:
+        return 0.5
+
+
+def mean_of_attempts(url):
+    attempts = [ask_or(url, 0.0) for _ in range(3)]
+    return sum(attempts) / 3 if any(attempts) else None
+
+
+@pytest.mark.parametrize(
+    ("client", "faults", "case"),
+    [
+        (zero_for_words, ["an answer in words"], {"faults": ["an answer in words"]}),
+        (half_after_a_timeout, ["no answer in time"], {"faults": ["no answer in time"]}),
+        (mean_of_attempts, ["status 500"], {"fault": "status 500, once"}),
+        (lambda url: 7 * bool(ask(url)), [], {"endpoint": "sound"}),
+    ],
+)
+def test_clients_that_invent_a_score_are_caught(client, faults, case):
+    with pytest.raises(LawBroken) as broken:
+        check_reward_client(client, faults={name: FAULTS[name] for name in faults})
+    assert broken.value.case == case
+
+
+def test_scores_of_other_endpoints_in_words():
+    def from_list(url):
+        with urllib.request.urlopen(f"{url}/score", timeout=1) as response:
+            score = json.load(response)["scores"][0]
+        return score if isinstance(score, float) else 0.0
+
+    faults = {name: FAULTS[name] for name in ["an answer in words"]}
+    with pytest.raises(LawBroken, match=r"got      \[0\.0\]"):
+        check_reward_client(from_list, lambda _: {"scores": [0.25]}, faults=faults)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"), [([4.0], "a list of float"), ({"score": 4}, "a dict")]
+)
+def test_a_result_that_is_no_number_is_an_error_of_type(result, words):
+    with pytest.raises(TypeError, match=f"^ask: expected a number, .*, got {words}$"):
+        check_reward_client(lambda url: result)
 
 
 def test_a_client_that_invents_a_number_is_caught_at_every_fault():
@@ -50,7 +111,11 @@ def test_a_client_that_invents_a_number_is_caught_at_every_fault():
 
 def test_a_client_that_reads_any_number_is_caught():
     with pytest.raises(LawBroken) as broken:
-        check_reward_client(ask_and_trust_the_status, lambda _: completion("4"))
+        check_reward_client(
+            ask_and_trust_the_status,
+            lambda _: completion("4"),
+            faults={name: FAULTS[name] for name in ["HTML with status 200", "empty body"]},
+        )
     assert "HTML with status 200" in broken.value.case["faults"]
 
 
