@@ -286,7 +286,10 @@ def yes(request):
 
 
 def test_a_judge_that_dies_half_way_is_asked_for_the_rest_alone(world, made, tmp_path):
-    """18 of 36 turns judged, then refusals: the chains are lost by name, and nothing is 0."""
+    """18 of 36 turns judged, then refusals: the chains are lost by name, and nothing is 0.
+
+    Which turns come first depends on threads that encode images, so that any chain may lose one.
+    """
     arguments = ["run", world / "edival.csv", "--images", made / "images", "--no-thinking",
         "--model", "m", "--concurrency", "1", "--output", tmp_path]  # fmt: skip
     script = joined([good] * 19, repeat(error(400)))  # the first asks whether there is a judge
@@ -294,7 +297,7 @@ def test_a_judge_that_dies_half_way_is_asked_for_the_rest_alone(world, made, tmp
         run(*arguments, "--judge", server.url, code=1)
     found = report(tmp_path)
     assert (found.asked, found.scored) == (CHAINS, CHAINS)
-    assert 0 < len(found.lost) < CHAINS
+    assert 0 < len(found.lost) <= CHAINS
     assert sum(found.find("marginal", n).count for n in (1, 2, 3)) == 18
     assert all("rejected" in why for why in some(found.lost.values()))
     assert found.find("marginal", 1).estimate == 100

@@ -223,8 +223,9 @@ def relabeled_groups(f: GroupAdvantage, data: DataObject) -> None:
     """Group ids are names: any other distinct integers give the same advantages."""
     # Ids that agree in their low 16 or 32 bits catch truncation to a smaller dtype.
     if torch.int64 in f.convention.ids and data.draw(st.integers(0, 3)) == 3:
-        stride = 2 ** data.draw(st.sampled_from([16, 32]))
-        ids = [7 + k * stride for k in range(3)]
+        # Neighbors beyond 2^24 are equal in float32.
+        start, stride = data.draw(st.sampled_from([(7, 2**16), (7, 2**32), (2**40, 1)]))
+        ids = [start + k * stride for k in range(3)]
         _relabel(f, data, torch.int64, lambda count: st.just(ids[:count]))
         return
     dtype = data.draw(st.sampled_from(f.convention.ids))
@@ -465,6 +466,11 @@ def no_gradient(f: GroupAdvantage, data: DataObject) -> None:
         fail(_case(batch), "a result without gradient", "one that requires grad")
 
 
+def _close_above_four(byte: int) -> float:
+    """Map a byte to 4..4.5: a small spread beside the mean, which half precision rounds away."""
+    return 4 + byte / 512
+
+
 @ADVANTAGE.law(
     why="Means and stds accumulated in half precision have two or three digits.",
     skip=_needs_tensors,
@@ -472,8 +478,9 @@ def no_gradient(f: GroupAdvantage, data: DataObject) -> None:
 def half_precision(f: GroupAdvantage, data: DataObject) -> None:
     """Half-precision rewards are refused, or give the float32 result within their rounding."""
     dtype = data.draw(st.sampled_from([torch.bfloat16, torch.float16]))
+    number = data.draw(st.sampled_from([tenths, _close_above_four]))
     batch = data.draw(
-        f.batches(min_members=max(2, f.min_members), max_members=6, number=tenths, constant=False)
+        f.batches(min_members=max(2, f.min_members), max_members=6, number=number, constant=False)
     )
     half = batch.reward.to(dtype)
     rounded, case = batch._replace(reward=half.float()), _case(batch._replace(reward=half))
