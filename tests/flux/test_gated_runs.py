@@ -219,7 +219,7 @@ def lines_of(folder):
 
 
 def test_a_killed_run_goes_on_with_its_share_and_its_reference(whole, world, tmp_path):
-    """What a kill after round 2 leaves is the checkpoint of round 2."""
+    """A kill after round 2 leaves the checkpoint of round 2."""
     folder, state, reference = whole
     again = ("--output.resume", folder / "checkpoints" / "round-000002")
     with started(world, tmp_path, *RUN, *again) as run:
