@@ -280,7 +280,7 @@ def test_every_objective_with_an_old_policy_can_be_stopped(world, tmp_path, name
 
 
 def test_a_run_goes_on_with_its_kl_weight_and_its_history(world, tmp_path):
-    """What a kill after round 2 leaves is the checkpoint of round 2."""
+    """A kill after round 2 leaves the checkpoint of round 2."""
     more = ("--training.rounds", 3, "--training.final-rate", 1.0, "--output.checkpoint-every", 1)
     more += ("--training.kl-target", 1e-4, "--objective.kl-coef", 0.1, *GRPO)
     more += ("--rewards.history", 2, "--rewards.credit", "turn", "--data.groups", 2)
