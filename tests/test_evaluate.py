@@ -286,24 +286,24 @@ def yes(request):
 
 
 def test_a_judge_that_dies_half_way_is_asked_for_the_rest_alone(world, made, tmp_path):
-    """18 of 36 turns judged, then refusals: the chains are lost by name, and nothing is 0.
+    """25 of 36 turns judged, then refusals: the chains are lost by name, and nothing is 0.
 
-    Which turns come first depends on threads that encode images, so that any chain may lose one.
+    Chains are judged side by side, in any order: 11 refused turns leave one of 12 whole for sure.
     """
     arguments = ["run", world / "edival.csv", "--images", made / "images", "--no-thinking",
         "--model", "m", "--concurrency", "1", "--output", tmp_path]  # fmt: skip
-    script = joined([good] * 19, repeat(error(400)))  # the first asks whether there is a judge
+    script = joined([good] * 26, repeat(error(400)))  # the first asks whether there is a judge
     with ScriptedServer(yes, script) as server:
         run(*arguments, "--judge", server.url, code=1)
     found = report(tmp_path)
     assert (found.asked, found.scored) == (CHAINS, CHAINS)
-    assert 0 < len(found.lost) <= CHAINS
-    assert sum(found.find("marginal", n).count for n in (1, 2, 3)) == 18
+    assert 0 < len(found.lost) < CHAINS
+    assert sum(found.find("marginal", n).count for n in (1, 2, 3)) == 25
     assert all("rejected" in why for why in some(found.lost.values()))
     assert found.find("marginal", 1).estimate == 100
     with ScriptedServer(yes) as server:
         run(*arguments, "--judge", server.url)
-        assert len(server.requests) == 1 + 18
+        assert len(server.requests) == 1 + 11
     assert report(tmp_path).lost == {}
     assert report(tmp_path).find("marginal", 3).count == CHAINS
 
