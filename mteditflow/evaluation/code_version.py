@@ -20,8 +20,7 @@ def code_version(scorer: type) -> str | None:
     The hash covers the modules of the class and of all its base classes except the standard
     library, and every module that they import, directly or not, from the neighborhood of the class:
     its top-level package, or the folder of a single module. Import statements are found anywhere in
-    a file. Modules that are imported by a computed name and data files are not covered, nor are
-    docstrings, comments and layout.
+    a file. Modules that are imported by a computed name and data files are not covered.
 
     Returns:
         16 hexadecimal digits; ``None`` if the class has no source file, as in a notebook.
@@ -41,27 +40,9 @@ def code_version(scorer: type) -> str | None:
         _follow(name, file, near, files)
     digest = hashlib.sha256()
     for name, file in sorted(files.items()):
-        code = _without_prose(file)
-        digest.update(f"{name}\0{len(code)}\0{code}".encode())
+        digest.update(f"{name}\0{file.stat().st_size}\0".encode())
+        digest.update(file.read_bytes())  # comments and docstrings too: a docstring may be a prompt
     return digest.hexdigest()[:DIGITS]
-
-
-def _without_prose(file: Path) -> str:
-    """Return the code of a file without docstrings, comments and layout."""
-    tree = ast.parse(file.read_bytes())
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            # Strings that stand alone document a module, a class, a function or a field.
-            node.body = [x for x in node.body if not _is_text(x)] or [ast.Pass()]
-    return ast.unparse(tree)
-
-
-def _is_text(node: ast.stmt) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
 
 
 @dataclass(frozen=True)

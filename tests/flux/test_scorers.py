@@ -202,8 +202,6 @@ def test_a_scorer_of_the_current_folder_and_its_version(tmp_path, monkeypatch):
     assert code_version(scorer) == version
     for name in ("own_base", "own_helper", "own_scorer"):
         path = tmp_path / f"{name}.py"
-        path.write_text(f'"""Changed prose."""\n{path.read_text()}# changed, too\n')
-        assert code_version(scorer) == version, name
-        path.write_text(path.read_text() + "CHANGED = 1\n")
+        path.write_text(path.read_text() + "# changed\n")
         assert code_version(scorer) != version, name
         version = code_version(scorer)
