@@ -11,7 +11,7 @@ from mteditflow._checks import check_choice, check_number
 from mteditflow.losses.clipped import clipped_surrogate_loss
 from mteditflow.objectives.base import Card, Output, Velocity
 from mteditflow.objectives.keys import Key
-from mteditflow.objectives.replay import ReplayObjective, ratio_metrics
+from mteditflow.objectives.replay import ReplayObjective, estimated_kl, ratio_metrics
 from mteditflow.objectives.samples import Samples
 from mteditflow.objectives.step_weights import weigh_by_noise
 from mteditflow.objectives.units import Units, member_advantages, member_mask
@@ -106,18 +106,5 @@ class GRPO(ReplayObjective):
         )
         log_ratio = (log_prob - old_log_prob).detach()
         metrics = ratio_metrics(log_ratio, self.clip_low, self.clip_high)
-        metrics["old_kl"] = _estimated_kl(log_ratio, replay.reduction)
+        metrics["old_kl"] = estimated_kl(log_ratio, replay.reduction)
         return self.output(units, loss, replay, metrics)
-
-
-def _estimated_kl(log_ratio: Tensor, reduction: str) -> Tensor:
-    """Estimate KL(old || current) from log-ratios of samples of the old policy.
-
-    For mean log-probs, ``rho - 1 - log rho`` would be about KL / d for d elements: the minus log
-    ratio has the right mean, and its noise falls with d.
-    """
-    if reduction == "mean":
-        return -log_ratio
-    # exp(l) - 1 - l is about l^2 / 2, which float32 loses to cancellation for tiny l.
-    exact = log_ratio.double()
-    return (exact.expm1() - exact).to(log_ratio.dtype)

@@ -292,3 +292,18 @@ def ratio_metrics(log_ratio: Tensor, clip_low: float, clip_high: float) -> Metri
     ratio = log_ratio.detach().exp()
     beyond = (ratio > 1 + clip_high) | (ratio < 1 - clip_low)
     return {"ratio": ratio, "clip_fraction": beyond.float()}
+
+
+def estimated_kl(log_ratio: Tensor, reduction: str) -> Tensor:
+    """Estimate KL(old || current) of each row from its log-ratio at a sample of the old policy.
+
+    Unbiased: of the joint KL for summed log-probs, where it is never negative, and of the KL per
+    element for mean log-probs. For these ``rho - 1 - log rho`` would be about KL / d for d
+    elements; the minus log-ratio has the right mean, and its noise falls with d.
+    """
+    log_ratio = log_ratio.detach()
+    if reduction == "mean":
+        return -log_ratio
+    # exp(l) - 1 - l is about l^2 / 2, which float32 loses to cancellation for tiny l.
+    exact = log_ratio.double()
+    return (exact.expm1() - exact).to(log_ratio.dtype)
