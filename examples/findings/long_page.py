@@ -13,7 +13,6 @@ from textwrap import fill
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from PIL.Image import Image
 from torch import Tensor
 
 from mteditflow import collapse_rate
@@ -30,7 +29,6 @@ from .study import THREE, HeldOut, Setting
 DESTROYED = 0.5  # consistency with the original below which a picture is destroyed
 BEFORE = Setting("before", preset="before")
 SHOWN = 2  # chains of twenty turns in the picture
-FOLLOWED, FAILED = "#2a8a4a", "#c8372d"  # frames of turns
 
 
 @dataclass(frozen=True)
@@ -120,9 +118,11 @@ def write_long_page(ablations: Ablations, docs: Path, *, command: str) -> Path:
     results, study = LongResults(ablations), ablations.study
     docs.mkdir(parents=True, exist_ok=True)
     draw_curves(results).savefig(docs / f"{study.name}.png", dpi=120)
-    edited = edit_twenty(ablations, results)
-    draw_twenty(edited, results.seeds[0]).savefig(docs / f"{study.name}_twenty.png", dpi=120)
-    draw_chain(edited).savefig(docs / f"{study.name}_chain.png", dpi=120)
+    chains, at = edit_twenty(ablations, results), results.evaluations[TWENTY][0][0].success_at
+    title = f"The first {SHOWN} held-out chains of twenty turns, seed {results.seeds[0]}"
+    both = draw_strips([x for chain in chains for x in chain], success_at=at, title=title)
+    both.savefig(docs / f"{study.name}_twenty.png", dpi=120)
+    draw_chain(chains[0], success_at=at).savefig(docs / f"{study.name}_chain.png", dpi=120)
     page = docs / f"{study.name}.md"
     page.write_text(_document(results, ablations, command), encoding="utf-8")
     return page
@@ -193,75 +193,54 @@ def draw_curves(results: LongResults) -> Figure:
     return figure
 
 
-@dataclass(frozen=True)
-class Edited:
-    """Held-out chains of twenty turns, edited by the start and by a recipe.
-
-    Attributes:
-        label: name of the start or of the recipe.
-        images: the reference and the edited images of each chain.
-        evaluation: scores of all chains, these first.
-    """
-
-    label: str
-    images: Sequence[Sequence[Image]]
-    evaluation: Evaluation
-
-
-def edit_twenty(ablations: Ablations, results: LongResults) -> list[Edited]:
+def edit_twenty(ablations: Ablations, results: LongResults) -> list[list[Strip]]:
     """Edit the first held-out chains of the first seed by the start and the best recipe at SR@10.
 
-    They are the first, whatever their scores are.
+    Returns:
+        For each chain the strip of the start and that of the recipe. The chains are the first,
+        whatever their scores are.
     """
     measure = next(measure for measure in MEASURES if measure.title == "SR@10")
     best = int(results.table(measure).mean(dim=1)[1:].argmax()) + 1
-    seed = results.seeds[0]
-    found = []
+    seed, policies = results.seeds[0], []
     for row in (0, best):
-        setting = results.settings[row]
+        setting, evaluation = results.settings[row], results.evaluations[TWENTY][row][0]
         images = ablations.images(setting if row else None, seed, TWENTY, range(SHOWN))
-        found.append(Edited(setting.label, images, results.evaluations[TWENTY][row][0]))
-    return found
+        terms = {"following": evaluation.terms["following"]}
+        policies.append(
+            [
+                Strip(*chain, images[k], terms, k, setting.label)
+                for k, chain in enumerate(
+                    zip(evaluation.chain_ids[:SHOWN], evaluation.instructions, strict=False)
+                )
+            ]
+        )
+    return [list(chain) for chain in zip(*policies, strict=True)]
 
 
-def draw_twenty(edited: Sequence[Edited], seed: int) -> Figure:
-    """Draw every chain with its instructions and scores."""
-    strips = []
-    for row in range(SHOWN):
-        for own in edited:
-            name, instructions = own.evaluation.chain_ids[row], own.evaluation.instructions[row]
-            terms = {"following": own.evaluation.terms["following"]}
-            strips.append(Strip(name, instructions, own.images[row], terms, row, own.label))
-    title = f"The first {SHOWN} held-out chains of twenty turns, seed {seed}"
-    return draw_strips(strips, success_at=edited[0].evaluation.success_at, title=title)
-
-
-def draw_chain(edited: Sequence[Edited], row: int = 0) -> Figure:
-    """Draw one chain on few lines: numbered images, framed by whether the turn was followed."""
-    turns = len(edited[0].images[row]) - 1
+def draw_chain(strips: Sequence[Strip], *, success_at: float) -> Figure:
+    """Draw the strips of one chain on few lines: numbered images in the frames of their turns."""
+    turns = len(strips[0].instructions)
     columns = turns // 2 + 1
     figure = Figure(figsize=(1.2 * columns + 0.3, 5.9), layout="constrained")
-    grid = figure.subplots(2 * len(edited), columns)
+    grid = figure.subplots(2 * len(strips), columns)
     for axes in grid.flat:
         axes.set_axis_off()
     for line, first in enumerate((0, columns)):
-        for own, cells in zip(edited, grid[line * len(edited) :], strict=False):
-            scores = own.evaluation.terms["following"].score[row]
-            for turn, axes in zip(
-                range(first, min(first + columns, turns + 1)), cells, strict=False
-            ):
+        for row, strip in enumerate(strips):
+            cells = grid[line * len(strips) + row]
+            for turn in range(first, min(first + columns, turns + 1)):
+                axes = cells[turn - first]
                 axes.set_axis_on()
-                axes.imshow(own.images[row][turn], interpolation="nearest")
+                axes.imshow(strip.images[turn], interpolation="nearest")
                 axes.set(xticks=[], yticks=[])
-                followed = turn > 0 and bool(scores[turn - 1] >= own.evaluation.success_at)
-                color = "0.6" if turn == 0 else FOLLOWED if followed else FAILED
+                frame = strip.frame(turn - 1, success_at) if turn else {"color": "0.6"}
                 for spine in axes.spines.values():
-                    spine.set(color=color, linewidth=2.5)
-                if own is edited[0]:
-                    words = own.evaluation.instructions[row][turn - 1] if turn else "reference"
-                    named = f"{turn}. {words}" if turn else words
-                    axes.set_title(fill(named, 17), fontsize=7.5)
-            cells[0].set_ylabel(fill(own.label, 16), fontsize=9)
+                    spine.set(**frame | {"linewidth": 2.5})
+                if row == 0:
+                    words = f"{turn}. {strip.instructions[turn - 1]}" if turn else "reference"
+                    axes.set_title(fill(words, 17), fontsize=7.5)
+            cells[0].set_ylabel(fill(strip.label, 16), fontsize=9)
     return figure
 
 

@@ -214,9 +214,11 @@ def diversity_advantage(advantage: Numbers, diversity: Numbers) -> Tensor:
 class GatedShare:
     r"""Share of gated samples, adapted to the trend of the mean uncertainty.
 
-    If the mean uncertainty of a batch exceeds all of the last ``window`` means, the share is
-    multiplied by ``1 + rate``. If it is below all of them, the share is multiplied by ``1 - rate``.
-    The share stays constant until ``window`` means have been seen.
+    The mean runs over the samples of uncertainty at or above 0, as in the public code: over all
+    samples it is always 0 without ties, since the ranks of any reward have one mean, and the share
+    would never move. If the mean exceeds all of the last ``window`` means, the share is multiplied
+    by ``1 + rate``. If it is below all of them, the share is multiplied by ``1 - rate``. The share
+    stays constant until ``window`` means have been seen.
 
     Args:
         value: current share, in [minimum, maximum].
@@ -259,7 +261,10 @@ class GatedShare:
             check_number("means", mean)
 
     def update(self, mean: float) -> GatedShare:
-        """Return the share after a batch with this mean uncertainty.
+        """Return the share after a batch.
+
+        Args:
+            mean: mean uncertainty of the batch, over its samples at or above 0.
 
         Raises:
             ValueError: the mean is not finite.
