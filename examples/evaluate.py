@@ -1,4 +1,4 @@
-"""Evaluate any editor on chains of edits: make images, score every turn, report with intervals.
+r"""Evaluate any editor on chains of edits: make images, score every turn, report with intervals.
 
     python examples/evaluate.py run chains.jsonl --editor black-forest-labs/FLUX.1-Kontext-dev \
         --judge http://127.0.0.1:8000/v1 --model Qwen/Qwen3-VL-8B-Instruct --output runs/kontext
