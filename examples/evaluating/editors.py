@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import httpx2
 import torch
+from mteditflow_examples.flux.lora_files import LORA, find_lora
 from PIL.Image import Image
 
 from mteditflow._text import parse_json
@@ -17,12 +19,10 @@ from mteditflow.chains import Chain, History
 from mteditflow.evaluation import MadeBy
 from mteditflow.evaluation.provenance import content_hash
 from mteditflow.objectives import keyed_generator
-from mteditflow.rewards.command_line import check_source
+from mteditflow.rewards.command_line import HUB_ID, check_source
 
 if TYPE_CHECKING:
     from mteditflow.pipelines import Editor, Seen
-
-LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' file name in a Hub repository
 
 
 class Edits(Protocol):
@@ -79,7 +79,7 @@ class Model:
             editor=self.editor,
             editor_hash=_version(self.editor, "model_index.json"),
             lora=self.lora,
-            lora_hash=self.lora and _version(self.lora, LORA_FILE),
+            lora_hash=self.lora and _version(self.lora, LORA),
             dtype=self.dtype,
             seed=self.seed,
             steps=self.call.get(steps),
@@ -130,8 +130,8 @@ class Model:
                         f"--history, references: expected ['last'] for a {name}, which is given "
                         f"one image, got {list(other[0])} in chain {chain.id!r}"
                     )
-        if self.lora is not None and not Path(self.lora).exists():
-            check_source("--lora", self.lora, LORA_FILE)
+        if self.lora is not None:
+            _local_lora(self.lora)
 
     def _check_resolution(self, side: int, kind: str) -> None:
         """Refuse a resolution that the pipeline would silently round down.
@@ -178,8 +178,36 @@ class Model:
 
     def _with_lora(self, editor: Any) -> Any:
         if self.lora is not None:
-            getattr(editor, "pipeline", editor).load_lora_weights(self.lora)
+            pipeline = getattr(editor, "pipeline", editor)
+            try:
+                pipeline.load_lora_weights(_local_lora(self.lora) or self.lora)
+            except httpx2.HTTPError as error:  # no OSError, unlike failed downloads of pipelines
+                raise ValueError(f"--lora: {self.lora} cannot be downloaded: {error}") from error
+            # diffusers only warns of weights of other layers, and then edits without any.
+            if not any(getattr(x, "peft_config", None) for x in pipeline.components.values()):
+                name = type(pipeline).__name__
+                raise ValueError(f"--lora: expected one for layers of a {name}, got {self.lora}")
         return editor
+
+
+def _local_lora(source: str) -> Path | None:
+    """Return the file of a LoRA; None for a Hub id.
+
+    Raises:
+        ValueError: it is neither a LoRA nor of the form of a Hub id.
+    """
+    path = Path(source)
+    wanted = f"--lora: expected a LoRA file, a folder with {LORA} or a hub id"
+    if not path.exists():
+        if source.count("/") == 1 and HUB_ID.fullmatch(source):
+            return None
+        raise ValueError(
+            f"{wanted}, got {source!r}; mteditflow export RUN --output FILE.safetensors writes one"
+        )
+    try:
+        return find_lora(path)
+    except ValueError as error:
+        raise ValueError(f"{wanted}, {error}") from error
 
 
 def _version(source: str, file: str) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +9,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
 
 from mteditflow import gather_ranks
 from mteditflow._exits import BAD_INPUT, refuse
@@ -36,14 +34,12 @@ from .loading import (
     made_by,
     require_fitting,
 )
+from .lora_files import check_lora
 from .resuming import check_unchanged, find_checkpoint, fingerprints, warn_of_lost_files
 from .rewards import check_services, judged_by, require_services, scale_of
 from .trackers import check_trackers
 
 INDEX = "model_index.json"  # in the folder of every diffusers pipeline
-LORA = "pytorch_lora_weights.safetensors"
-# First LoRA factor, [rank, in], as named by peft, kohya and old diffusers.
-FACTOR_A = re.compile(r"\.(lora_A|lora_down|lora\.down)\.weight$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,12 +90,12 @@ def check(config: Config) -> None:
             got = f"none at {path}" if not path.exists() else f"the folder {path}"
             raise ConfigError(f"{name}: expected a file of chains, got {got}")
     if isinstance(config, DistillationConfig) and config.teacher.path is not None:
-        _check_lora("teacher.path", config.teacher.path, config.model.lora_rank)
+        check_lora("teacher.path", config.teacher.path, config.model.lora_rank)
     if config.model.lora is not None:
         continued = config.model.lora_start == "continue"
-        _check_lora("model.lora", config.model.lora, config.model.lora_rank if continued else None)
+        check_lora("model.lora", config.model.lora, config.model.lora_rank if continued else None)
     if config.sampling.lora is not None:
-        _check_lora("sampling.lora", config.sampling.lora, None)
+        check_lora("sampling.lora", config.sampling.lora, None)
 
 
 def _check_model(field: str, source: str) -> None:
@@ -134,27 +130,6 @@ def _check_memory_options(model: Model) -> None:
         check_quantization(model.quantize)
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
-
-
-def _check_lora(field: str, path: Path, rank: int | None) -> None:
-    """Raise unless a path is a LoRA of the given rank; None: of any rank.
-
-    Raises:
-        ConfigError: the file is missing, is no LoRA, or has another rank.
-    """
-    try:
-        with safe_open(path / LORA if path.is_dir() else path, framework="pt") as file:
-            names = [name for name in file.keys() if FACTOR_A.search(name)]  # noqa: SIM118
-            ranks = {file.get_slice(name).get_shape()[0] for name in names}
-    except Exception as error:  # safetensors raises several types for invalid files
-        wanted = f"{field}: expected a folder with {LORA}, or such a file"
-        raise ConfigError(f"{wanted}, got {path}: {error}") from error
-    if not ranks:
-        raise ConfigError(f"{field}: expected a LoRA, got none in {path}")
-    if rank is not None and ranks != {rank}:
-        raise ConfigError(
-            f"{field}: expected a LoRA of rank {rank}, as model.lora_rank, got {sorted(ranks)}"
-        )
 
 
 def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:

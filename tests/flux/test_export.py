@@ -112,7 +112,9 @@ def test_a_card_of_its_own_is_written_again(run, tmp_path):
         assert call(export.app, [run, "--output", tmp_path / "edits.safetensors"]).code == 0
 
 
-@pytest.mark.parametrize("fault", ["name", "card", "file", "inside", "nothing", "empty", "layer"])
+@pytest.mark.parametrize(
+    "fault", ["name", "card", "file", "inside", "nothing", "beside", "empty", "layer"]
+)
 def test_what_cannot_be_exported_is_refused(fault, run, blind, tmp_path):
     source, output, words = run, tmp_path / "edits.safetensors", []
     if fault == "name":
@@ -127,7 +129,17 @@ def test_what_cannot_be_exported_is_refused(fault, run, blind, tmp_path):
         output = max((run / "checkpoints").glob("round-*")) / LORA
         message = "--output: expected a file outside of checkpoints, got one in "
     elif fault == "nothing":
-        source, message = tmp_path / "none", f"{tmp_path}/none: expected 'auto', 'best' or a check"
+        source = tmp_path / "none"
+        message = (
+            "source: expected the folder of a training run, which has checkpoints, or of one "
+            f"checkpoint, got {source}, which does not exist\n"
+        )
+    elif fault == "beside":
+        source = run / "checkpoints" / "round-000007"
+        message = (
+            "source: expected the folder of a training run, which has checkpoints, or of one "
+            f"checkpoint, got {source}, which does not exist; there are round-000002 beside it\n"
+        )
     elif fault == "empty":
         source = tmp_path / "run"
         (source / "checkpoints").mkdir(parents=True)
