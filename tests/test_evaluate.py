@@ -396,6 +396,9 @@ def test_two_runs_are_compared_on_the_chains_that_both_scored(world, made, tmp_p
     assert data["chains"][0]["id"] == "3" or not old.success[3].any()
     assert [series["name"] for series in data["chains"][0]["series"]] == ["tiny", "changed"]
     assert "changed minus tiny" in said
+    assert (
+        found.notes[0] == "Second minus first, paired by chain, without a record of common noise."
+    )
 
 
 def _evaluation(folder):

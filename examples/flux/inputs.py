@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -54,6 +55,7 @@ class Inputs:
         found: checkpoint to resume from; None: the run starts at round 0.
         judged_by: provenance of the scores.
         files: hashes of the files that the run depends on, by field.
+        changes: options that have changed since the run began, as in ``Run``.
         notes: messages to log first.
     """
 
@@ -64,6 +66,7 @@ class Inputs:
     found: Checkpoint | None
     judged_by: JudgedBy
     files: dict[str, str]
+    changes: list[dict[str, Any]]
     notes: Notes
 
 
@@ -153,10 +156,10 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     require_fitting(config, family, chains)
     sampler = make_sampler(config, chains, accelerator)
     files = fingerprints(config)
-    found = find_checkpoint(config, notes)
+    found, changes = find_checkpoint(config, notes), []
     if found is not None:
         notes.message(f"resuming after round {found.round}, from {found.path}")
-        check_unchanged(config, files, found, notes)
+        changes = check_unchanged(config, files, found, notes)
         warn_of_lost_files(config, found, notes)
         _load_order(sampler, found)
     held_out = None
@@ -179,7 +182,7 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     judge = judged_by(config.rewards)
     if held_out is not None and found is not None:
         judge = _comparable(config, held_out, judge, found.round)
-    return Inputs(chains, sampler, held_out, sessions, found, judge, files, notes)
+    return Inputs(chains, sampler, held_out, sessions, found, judge, files, changes, notes)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from mteditflow.chains import Chain
 from mteditflow.evaluation.evaluation import CONSISTENCY, FOLLOWING, Evaluation
 from mteditflow.evaluation.intervals import interval_of, without_width
 from mteditflow.evaluation.long_chains import survival_differences
-from mteditflow.evaluation.provenance import require_same_judge
+from mteditflow.evaluation.provenance import noise_of_both, require_same_judge
 from mteditflow.evaluation.report import Report, in_words, lost_chains
 from mteditflow.evaluation.tabulation import Numbers, at_ends
 from mteditflow.metrics import (
@@ -294,6 +294,7 @@ def report_difference(
     first, second = paired_samples(before, after)
     interval = numbers.difference(first, second)
     gaps = [evaluation.unmeasured for evaluation in (before, after)]
+    makers = before.provenance.made_by, after.provenance.made_by
     return Report(
         title=title,
         turns=before.turns,
@@ -306,7 +307,10 @@ def report_difference(
             *in_words(numbers.places, interval, numbers.counts(first)),
             *in_words(*survival_differences(first, second)),
         ),
-        notes=("Paired differences, the second minus the first.", *_judges(before, after)),
+        notes=(
+            f"Second minus first, paired by chain, {noise_of_both(*makers)}.",
+            *_judges(before, after),
+        ),
         sources=(before.provenance, after.provenance),
     )
 

@@ -46,6 +46,7 @@ def run_report(
     *,
     config: Mapping[str, Any],
     seed: int,
+    changes: Sequence[Mapping[str, Any]] = (),
     alarms: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return the results, settings and environment of a run as JSON values.
@@ -55,8 +56,10 @@ def run_report(
             the summary then names.
         after: evaluation of the same chains after training.
         metrics: ``RunLog.metrics``, with the names of ``RoundRewards.numbers``.
-        config: settings of the run, JSON values (paths and enumerations become text).
+        config: settings of the run at its end, JSON values (paths and enumerations become text).
         seed: seed of the run.
+        changes: settings that a resumed run changed: "after_round", "option", "was" and "is" of
+            each.
         alarms: image statistics that left their bands: "round", "statistic", "value", "low",
             "high" and "picture" of each.
 
@@ -65,7 +68,8 @@ def run_report(
         "<metric>_interval"; "difference_at_last_turn": as ``comparison_report``; "seconds", the
         total, and "time", seconds and share by phase; "invalid_reward_share"; "lost_answers" by
         reason; "rounds_without_reward", the number of rounds without any value, by reward;
-        "drift_alarms"; and date, devices and versions. ``None`` is a missing number.
+        "drift_alarms"; "config" and "changed_options"; and date, devices and versions. ``None`` is
+        a missing number.
     """
     report = {
         "seed": seed,
@@ -77,6 +81,7 @@ def run_report(
         **_totals(metrics),
         "drift_alarms": alarms,
         "config": config,
+        "changed_options": changes,
         "date": date.today().isoformat(),
         "threads": torch.get_num_threads(),
         "devices": _devices(),
@@ -237,7 +242,19 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
     for name, count in report["rounds_without_reward"].items():
         rounds = f"{count} of {_many(report['rounds'], 'round')}"
         lines.append(f"No trajectory had the reward {escape_markup(name)} in {rounds}.")
+    lines += [_changed_option(change) for change in report.get("changed_options", ())]
     return lines + [_alarm(alarm) for alarm in report.get("drift_alarms", ())]
+
+
+def _changed_option(change: Mapping[str, Any]) -> str:
+    """Return a sentence on a setting that a resumed run changed, with markup escaped.
+
+    Example:
+        >>> _changed_option({"after_round": 3, "option": "training.rounds", "was": 3, "is": 5})
+        'After round 3, training.rounds was changed from 3 to 5.'
+    """
+    what = f"{change['option']} was changed from {change['was']} to {change['is']}"
+    return f"After round {change['after_round']}, {escape_markup(what)}."
 
 
 def _alarm(alarm: Mapping[str, Any]) -> str:
