@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -248,9 +249,18 @@ def _cells(evaluation: Evaluation, name: str) -> list[str]:
     """Return a metric at each turn, with its interval."""
     columns = (x.tolist() for x in evaluation.metrics[name])
     return [
-        "none" if value != value else f"{value:.2f} [{low:.2f}, {high:.2f}]"
-        for value, low, high in zip(*columns, strict=True)
+        _cell(*numbers, count)
+        for *numbers, count in zip(*columns, evaluation.counts[name], strict=True)
     ]
+
+
+def _cell(value: float, low: float, high: float, count: int) -> str:
+    """Return a number with its interval; a term of unknown range has none if all are alike."""
+    if math.isnan(value):
+        return f"none of {count}"
+    if math.isnan(low):
+        return f"{value:.2f} [none: all {count} alike]"
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:

@@ -99,6 +99,12 @@ def first_scores(scores: TurnScores, count: int) -> TurnScores:
 
 
 def _last_turn(evaluation: Evaluation) -> str:
-    """Return the metrics of the last turn as one line of text."""
-    values = (f"{name} {value[-1]:.3g}" for name, value in evaluation.estimates.items())
-    return f"at turn {evaluation.turns}: {', '.join(values)}"
+    """Return the metrics of the last turn, each with its number of chains, as one line of text.
+
+    Intervals are in the report; their bootstrap at each evaluation would take longer.
+    """
+    values = (
+        f"{name} {value[-1]:.3g} ({evaluation.counts[name][-1]})"
+        for name, value in evaluation.estimates.items()
+    )
+    return f"at turn {evaluation.turns} (over chains): {', '.join(values)}"
