@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,13 @@ from mteditflow.chains import Chain, History
 from mteditflow.evaluation import MadeBy
 from mteditflow.evaluation.provenance import content_hash
 from mteditflow.objectives import keyed_generator
-from mteditflow.rewards.command_line import HUB_ID, check_source
+from mteditflow.rewards.command_line import check_source
 
 if TYPE_CHECKING:
     from mteditflow.pipelines import Editor, Seen
 
 
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 Noise = Callable[[Chain], torch.Generator]  # generator of a chain's noise
 
 
@@ -213,16 +215,15 @@ def _local_lora(source: str) -> Path | None:
     """
     path = Path(source)
     wanted = f"--lora: expected a LoRA file, a folder with {LORA} or a hub id"
-    if not path.exists():
-        if source.count("/") == 1 and HUB_ID.fullmatch(source):
-            return None
-        raise ValueError(
-            f"{wanted}, got {source!r}; mteditflow export RUN --output FILE.safetensors writes one"
-        )
     try:
-        return find_lora(path)
+        if path.exists():
+            return find_lora(path)
     except ValueError as error:
         raise ValueError(f"{wanted}, {error}") from error
+    if re.fullmatch(HUB_ID, source) is None:
+        fix = "mteditflow export RUN --output FILE.safetensors writes one"
+        raise ValueError(f"{wanted}, got {source!r}; {fix}")
+    return None
 
 
 def _version(source: str, file: str) -> str | None:

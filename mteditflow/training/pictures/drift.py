@@ -129,9 +129,9 @@ def _draw(
     rounds, last = _column(metrics, ROUND), names[-1]
     references = _column(metrics, f"{COLUMN}{statistic}{REFERENCE}")
     if watch is not None and last in watch.bands:
-        low, high = zip(*(watch.band_around(last, x) for x in references), strict=True)
-        low = [max(x, 0.0) for x in low]  # no statistic of pictures is negative
-        high = [min(x, LARGEST.get(statistic, math.inf)) for x in high]
+        bands = [watch.band_around(last, x) for x in references]
+        low = [max(band.low, 0.0) for band in bands]  # no statistic of pictures is negative
+        high = [min(band.high, LARGEST.get(statistic, math.inf)) for band in bands]
         axes.fill_between(rounds, low, high, label=f"band of turn {_turn(last)}", **BAND)
     for i, name in enumerate(names):
         color = TURN_COLORS[i % len(TURN_COLORS)]
