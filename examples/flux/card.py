@@ -255,7 +255,12 @@ def _cells(evaluation: Evaluation, name: str) -> list[str]:
 
 
 def _cell(value: float, low: float, high: float, count: int) -> str:
-    """Return a number with its interval; a term of unknown range has none if all are alike."""
+    """Return a number with its interval; a term of unknown range has none if all are alike.
+
+    Example:
+        >>> _cell(1.0, math.nan, math.nan, 4), _cell(math.nan, math.nan, math.nan, 0)
+        ('1.00 [none: all 4 alike]', 'none of 0')
+    """
     if math.isnan(value):
         return f"none of {count}"
     if math.isnan(low):

@@ -44,7 +44,7 @@ BARS = {
     "content_consistency": ("CC", AMBER),
     "overall": ("Overall", GOOD),
 }
-LINES = (SOFT, BLUE, GOOD, AMBER)  # colors of compared reports, in order
+LINES = (SOFT, BLUE, GOOD, AMBER, PURPLE, TEAL, PINK, LIME)  # colors of compared reports, in order
 PANEL_TITLE = {"fontsize": 11}
 TITLE_CHARS = 40  # of a line of a panel's title or legend
 LINE_HEIGHT = 0.2  # of a further line of a title or legend, inches

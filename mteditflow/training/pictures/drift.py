@@ -15,11 +15,15 @@ from mteditflow.evaluation.figures import (
     AMBER,
     BAD,
     BLUE,
+    BROWN,
     FAINT,
     GOOD,
     INK,
+    LIME,
+    PINK,
     PURPLE,
     SOFT,
+    TEAL,
     house_style,
     titled_figure,
 )
@@ -35,7 +39,7 @@ SHARES = (
     "change_outside_edits",
 )
 LARGEST = dict.fromkeys(SHARES, 1.0)  # ends of the ranges; all begin at 0
-TURN_COLORS = (BLUE, GOOD, PURPLE, AMBER)
+TURN_COLORS = (BLUE, GOOD, PURPLE, AMBER, TEAL, PINK, LIME, BROWN)
 
 # Layout: sizes in inches, lines and marks in points.
 COLUMNS, PANEL_WIDTH, LEAST_WIDTH, PANEL_HEIGHT, TITLE_HEIGHT, ROUND_TICKS = (
