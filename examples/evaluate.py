@@ -1,4 +1,4 @@
-"""Evaluate any editor on chains of edits: make images, score every turn, report with intervals.
+r"""Evaluate any editor on chains of edits: make images, score every turn, report with intervals.
 
     python examples/evaluate.py run chains.jsonl --editor black-forest-labs/FLUX.1-Kontext-dev \
         --judge http://127.0.0.1:8000/v1 --model Qwen/Qwen3-VL-8B-Instruct --output runs/kontext
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from mteditflow_examples.evaluating.editors import Model, call_options
+from mteditflow_examples.evaluating.editors import Model, call_options, rows_of
 from mteditflow_examples.evaluating.images import ByRow, MadeImages
 from mteditflow_examples.evaluating.options import (
     EDITOR,
@@ -102,6 +102,13 @@ def run(
         Literal["bfloat16", "float32"], typer.Option(help="Dtype of the editor's weights.")
     ] = "bfloat16",
     seed: Annotated[int, typer.Option(help="Seed of the noise.")] = 0,
+    noise: Annotated[
+        Literal["id", "row"],
+        typer.Option(
+            help="Key of a chain's noise beside the seed: its id, or its row, as in the held-out "
+            "evaluations of training."
+        ),
+    ] = "id",
     history: Annotated[
         Literal["last", "original"],
         typer.Option(help="Input images of later turns, unless chains have references."),
@@ -192,7 +199,8 @@ def run(
         reading, asked = _usable(chains, references, turns, rewards, allow_outside)
         made = MadeImages(output / "images" if images is None else images.resolve(), resolution)
         options = call_options(call or [])
-        edits = editor and Model(editor, lora, dtype, options, resolution, seed, history)
+        rows = rows_of(asked, turns) if noise == "row" else None
+        edits = editor and Model(editor, lora, dtype, options, resolution, seed, history, rows)
         maker = MadeBy(images=str(made.folder), resolution=resolution)
 
         def settings() -> Settings:

@@ -1,4 +1,4 @@
-"""Score single edits on ImgEdit-Bench or GEdit-Bench by a judge over HTTP.
+r"""Score single edits on ImgEdit-Bench or GEdit-Bench by a judge over HTTP.
 
     python examples/evaluate_single_turn.py imgedit basic_edit.json edited \
         --judge http://127.0.0.1:8000/v1 --model Qwen/Qwen3-VL-8B-Instruct

@@ -87,6 +87,13 @@ def _checkpoint(source: Path) -> Checkpoint:
 
     inside = source / "checkpoints"
     of_run = inside.is_dir()
+    if not of_run and not (source / MANIFEST).is_file():
+        there = [x.parent.name for x in sorted(source.parent.glob(f"round-*/{MANIFEST}"))]
+        beside = f"; there are {', '.join(there)} beside it" if there else ""
+        raise ValueError(
+            f"source: expected the folder of a training run, which has checkpoints, or of one "
+            f"checkpoint, got {source}{'' if source.exists() else ', which does not exist'}{beside}"
+        )
     checkpoints = Checkpoints(inside if of_run else source.parent)
     found = checkpoints.find("auto" if of_run else source)
     if found is None or not (found.path / LORA).is_file():

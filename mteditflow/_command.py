@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -62,8 +63,26 @@ def _exit_for_usage(error: Any) -> NoReturn:
     refuse(error.format_message())
 
 
+def _unwrapped(help_text: str | None) -> str | None:
+    r"""Join the lines of each paragraph, since typer keeps those after the first; code stays.
+
+    Example:
+        >>> _unwrapped("Train.\n\nIt takes\nhours.\n\n    train \\\n        --help")
+        'Train.\n\nIt takes hours.\n\n    train \\\n        --help'
+    """
+    if help_text is None:
+        return None
+    parts = inspect.cleandoc(help_text).split("\n\n")
+    return "\n\n".join(x if x.startswith((" ", "\b")) else " ".join(x.split()) for x in parts)
+
+
 class OneLineGroup(TyperGroup):
     """Group of commands for ``typer.Typer(cls=...)``."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        for command in (self, *self.commands.values()):
+            command.help = _unwrapped(command.help)
 
     def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
         """Run the group; usage errors are printed in one line, with exit code 2."""
@@ -72,6 +91,10 @@ class OneLineGroup(TyperGroup):
 
 class OneLineCommand(TyperCommand):
     """Single command for ``app.command(cls=...)``."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.help = _unwrapped(self.help)
 
     def main(self, *arguments: Any, standalone_mode: bool = True, **options: Any) -> Any:
         """Run the command; usage errors are printed in one line, with exit code 2."""

@@ -1,6 +1,7 @@
 """The ``mteditflow`` command: help is quick, wrong words are one line, every program has help."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,17 @@ def test_without_words_the_commands_are_listed(capsys):
 def test_version(capsys):
     assert exit_code("--version") == 0
     assert capsys.readouterr().out == f"mteditflow {mteditflow.__version__}\n"
+
+
+def test_help_is_wrapped_to_the_terminal_and_not_to_the_source(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    for words, line in (
+        (["chains", "convert"], r"Stop at the first bad line .* write no file\. With --lenient"),
+        (["evaluate"], r"are not made again, and stored answers are not requested again\. "),
+    ):
+        monkeypatch.setattr(sys, "argv", sys.argv)  # the command sets it
+        assert exit_code(*words, "--help") == 0
+        assert re.search(line, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)

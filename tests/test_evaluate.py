@@ -24,6 +24,7 @@ from mteditflow_examples.shapes.rewards import Truth, score
 from mteditflow_examples.shapes.served import chain_of, service
 from mteditflow_examples.shapes.vision import pixels_of
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import mteditflow as mt
@@ -395,6 +396,9 @@ def test_two_runs_are_compared_on_the_chains_that_both_scored(world, made, tmp_p
     assert data["chains"][0]["id"] == "3" or not old.success[3].any()
     assert [series["name"] for series in data["chains"][0]["series"]] == ["tiny", "changed"]
     assert "changed minus tiny" in said
+    assert (
+        found.notes[0] == "Second minus first, paired by chain, without a record of common noise."
+    )
 
 
 def _evaluation(folder):
@@ -449,6 +453,15 @@ def test_an_editor_of_one_image_refuses_histories_before_it_is_loaded(world, tmp
     assert "--history" in run(*images, "--history", "original", code=2)
     model = Model(str(world / "model"), None, "float32", CALL, 12, 0, "original")
     assert json.loads(model.made_by.call)["history"] == "original"
+
+
+def test_a_lora_of_other_layers_is_refused_and_not_left_out(world, tmp_path):
+    path = tmp_path / "lora.safetensors"
+    factors = {f"unet.mid.lora_{x}.weight": torch.ones(1, 1) for x in "AB"}
+    save_file(factors, path)
+    message = f"--lora: expected one for layers of a FluxKontextPipeline, got {path}"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Model(str(world / "model"), str(path), "float32", CALL, 12, 0).load("cpu")
 
 
 def test_a_klein_is_given_what_the_chains_say(tmp_path):

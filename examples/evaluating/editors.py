@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import httpx2
 import torch
+from mteditflow_examples.flux.held_out import HELD_OUT
+from mteditflow_examples.flux.lora_files import LORA, find_lora
 from PIL.Image import Image
 
 from mteditflow._text import parse_json
@@ -22,7 +26,9 @@ from mteditflow.rewards.command_line import check_source
 if TYPE_CHECKING:
     from mteditflow.pipelines import Editor, Seen
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # diffusers' file name in a Hub repository
+
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+Noise = Callable[[Chain], torch.Generator]  # generator of a chain's noise
 
 
 class Edits(Protocol):
@@ -58,6 +64,8 @@ class Model:
         resolution: side of the square for references, pixels; None: no change.
         seed: seed of the noise.
         history: input images of turns after the first, unless a chain's record has its own.
+        rows: row of each chain by id, which keys its noise as in held-out evaluations of training;
+            None: its id does.
     """
 
     editor: str
@@ -67,6 +75,7 @@ class Model:
     resolution: int | None
     seed: int
     history: History = "last"
+    rows: Mapping[str, int] | None = None
 
     @property
     def made_by(self) -> MadeBy:
@@ -75,11 +84,13 @@ class Model:
         others = {name: x for name, x in self.call.items() if name not in (steps, guidance)}
         if self.history != "last":
             others["history"] = self.history
+        if self.rows is not None:
+            others["noise"] = "row"
         return MadeBy(
             editor=self.editor,
             editor_hash=_version(self.editor, "model_index.json"),
             lora=self.lora,
-            lora_hash=self.lora and _version(self.lora, LORA_FILE),
+            lora_hash=self.lora and _version(self.lora, LORA),
             dtype=self.dtype,
             seed=self.seed,
             steps=self.call.get(steps),
@@ -130,8 +141,8 @@ class Model:
                         f"--history, references: expected ['last'] for a {name}, which is given "
                         f"one image, got {list(other[0])} in chain {chain.id!r}"
                     )
-        if self.lora is not None and not Path(self.lora).exists():
-            check_source("--lora", self.lora, LORA_FILE)
+        if self.lora is not None:
+            _local_lora(self.lora)
 
     def _check_resolution(self, side: int, kind: str) -> None:
         """Refuse a resolution that the pipeline would silently round down.
@@ -170,16 +181,49 @@ class Model:
             own = families[name].references != "none"  # then a size of None means the reference's
             call = {**square, **options} if own or side is not None else options
             editor = Editor.load(self.editor, dtype=dtype, device=device, call=call)
-            return OfFamily(self._with_lora(editor), self.seed)
+            return OfFamily(self._with_lora(editor), self.noise)
         options = options if side is None else {**square, **options}
         pipeline = DiffusionPipeline.from_pretrained(self.editor, dtype=dtype).to(device)
         pipeline.set_progress_bar_config(disable=True)
-        return AnyPipeline(self._with_lora(pipeline), options, self.seed)
+        return AnyPipeline(self._with_lora(pipeline), options, self.noise)
+
+    def noise(self, chain: Chain) -> torch.Generator:
+        """Return a chain's generator, which does not depend on batches and ranks."""
+        if self.rows is None:
+            return keyed_generator(self.seed, "evaluation", chain.id)
+        return keyed_generator(self.seed, HELD_OUT, self.rows[chain.id])
 
     def _with_lora(self, editor: Any) -> Any:
         if self.lora is not None:
-            getattr(editor, "pipeline", editor).load_lora_weights(self.lora)
+            pipeline = getattr(editor, "pipeline", editor)
+            try:
+                pipeline.load_lora_weights(_local_lora(self.lora) or self.lora)
+            except httpx2.HTTPError as error:  # no OSError, unlike failed downloads of pipelines
+                raise ValueError(f"--lora: {self.lora} cannot be downloaded: {error}") from error
+            # diffusers only warns of weights of other layers, and then edits without any.
+            if not any(getattr(x, "peft_config", None) for x in pipeline.components.values()):
+                name = type(pipeline).__name__
+                raise ValueError(f"--lora: expected one for layers of a {name}, got {self.lora}")
         return editor
+
+
+def _local_lora(source: str) -> Path | None:
+    """Return the file of a LoRA; None for a Hub id.
+
+    Raises:
+        ValueError: it is neither a LoRA nor of the form of a Hub id.
+    """
+    path = Path(source)
+    wanted = f"--lora: expected a LoRA file, a folder with {LORA} or a hub id"
+    try:
+        if path.exists():
+            return find_lora(path)
+    except ValueError as error:
+        raise ValueError(f"{wanted}, {error}") from error
+    if re.fullmatch(HUB_ID, source) is None:
+        fix = "mteditflow export RUN --output FILE.safetensors writes one"
+        raise ValueError(f"{wanted}, got {source!r}; {fix}")
+    return None
 
 
 def _version(source: str, file: str) -> str | None:
@@ -196,8 +240,8 @@ def _version(source: str, file: str) -> str | None:
 class OfFamily:
     """Editor of a known family; chains are edited in one batch if the pipeline allows."""
 
-    def __init__(self, editor: Editor, seed: int) -> None:
-        self._editor, self._seed = editor, seed
+    def __init__(self, editor: Editor, noise: Noise) -> None:
+        self._editor, self._noise = editor, noise
 
     def __call__(
         self,
@@ -209,7 +253,7 @@ class OfFamily:
         return self._editor.edit(
             references,
             [chain.instructions for chain in chains],
-            generators=[noise(self._seed, chain) for chain in chains],
+            generators=[self._noise(chain) for chain in chains],
             batch=len(chains),
             seen=seen,
         )
@@ -218,8 +262,8 @@ class OfFamily:
 class AnyPipeline:
     """Editor by any pipeline, one chain at a time, with arguments common to editing pipelines."""
 
-    def __init__(self, pipeline: Any, call: Mapping[str, Any], seed: int) -> None:
-        self._pipeline, self._call, self._seed = pipeline, call, seed
+    def __init__(self, pipeline: Any, call: Mapping[str, Any], noise: Noise) -> None:
+        self._pipeline, self._call, self._noise = pipeline, call, noise
 
     def __call__(
         self,
@@ -236,7 +280,7 @@ class AnyPipeline:
 
     @torch.inference_mode()
     def _edit(self, image: Image, chain: Chain) -> list[Image]:
-        made, generator = [], noise(self._seed, chain)
+        made, generator = [], self._noise(chain)
         for instruction in chain.instructions:
             options = {"image": image, "prompt": instruction, "generator": generator, **self._call}
             image = self._pipeline(**options).images[0]
@@ -244,9 +288,17 @@ class AnyPipeline:
         return made
 
 
-def noise(seed: int, chain: Chain) -> torch.Generator:
-    """Return a generator keyed by the chain's id, so noise is independent of batches and ranks."""
-    return keyed_generator(seed, "evaluation", chain.id)
+def rows_of(chains: Sequence[Chain], turns: int | None) -> dict[str, int]:
+    """Return the row of each chain by id, with the shorter ones, which training leaves out, last.
+
+    Example:
+        >>> chains = [Chain(id=x, image="x.png", instructions=tuple(x)) for x in ("ab", "c", "de")]
+        >>> rows_of(chains, 2)
+        {'ab': 0, 'de': 1, 'c': 2}
+    """
+    most = turns or max(chain.turns for chain in chains)
+    rows = sorted(chains, key=lambda chain: chain.turns < most)
+    return {chain.id: row for row, chain in enumerate(rows)}
 
 
 def call_options(given: Sequence[str]) -> dict[str, Any]:

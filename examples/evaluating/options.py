@@ -13,7 +13,7 @@ from mteditflow.chains import Skipped
 
 # Options by field of the trainer, if their names differ.
 OPTIONS = {"rewards.judge_model": "--model"}
-EDITOR = ("lora", "call", "dtype", "seed", "batch", "history")  # only affect an editor
+EDITOR = ("lora", "call", "dtype", "seed", "batch", "history", "noise")  # only affect an editor
 JUDGE = (  # only affect a judge or a consistency server
     "model", "thinking", "answer_tokens", "reasoning_tokens", "chat_template_kwargs", "extra_body",
     "terms", "concurrency",

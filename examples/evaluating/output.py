@@ -111,7 +111,11 @@ class Finished:
 
     def __init__(self, folder: Path) -> None:
         if not (folder / SETTINGS).is_file():
-            raise ValueError(f"expected the folder of an evaluation, got {folder}")
+            got = "none" if not folder.exists() else f"one without {SETTINGS}"
+            raise ValueError(
+                "expected the folder of an evaluation, as mteditflow evaluate run writes it, got "
+                f"{got}: {folder}"
+            )
         self.folder, settings = folder, Settings.read(folder)
         self.evaluation = Evaluation.read(folder / EVALUATION)
         self.chains = read_chains(folder / CHAINS, allow_outside=True).chains

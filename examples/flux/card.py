@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,8 +101,9 @@ def model_card(exported: Exported, strip: str | None) -> str:
         "Judgments by people; images of other sizes, numbers of steps or base models than those "
         "above; anything that the tables above do not have.",
         "## Configuration",
-        "Folders and addresses are left out.",
+        f"Of the rounds up to {exported.found.round}. Folders and addresses are left out.",
         f"```json\n{json.dumps(_shown(config), indent=1)}\n```",
+        *_changes(exported.found.state.get("changes", ())),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -110,6 +113,28 @@ def _shown(config: Mapping[str, Any]) -> dict[str, Any]:
     shown = {name: dict(config[name]) for name in SHOWN}
     shown["sampling"] |= _few_steps(config)
     return shown
+
+
+def _changes(changes: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield a table of the options that a resumed run changed, those with paths left out."""
+    shown = [x for x in changes if not x["option"].startswith("output.")]
+    if shown:
+        yield "The run was resumed with other options; the configuration above has the last ones:"
+        values = (
+            (
+                str(x["after_round"]),
+                f"`{x['option']}`",
+                *(_value(x[when]) for when in ("was", "is")),
+            )
+            for x in shown
+        )
+        yield _table(("after round", "option", "before", "from then on"), values)
+
+
+def _value(value: Any) -> str:
+    """Return an option's value as text for a table; paths and addresses are left out."""
+    text = json.dumps(value)
+    return "(left out)" if "/" in text else f"`{text.replace('|', '')}`"
 
 
 def _few_steps(config: Mapping[str, Any]) -> dict[str, str]:
@@ -175,15 +200,72 @@ def _evaluation(exported: Exported) -> Iterator[str]:
         if name in evaluation.metrics
     ]
     yield _table(("metric", "policy", *turns), rows)
+    yield from _again(exported)
+
+
+def _again(exported: Exported) -> Iterator[str]:
+    """Yield the command that edits the held-out chains again, from the same noise."""
+    config = exported.config
+    model, data, scorer = config["model"], config["data"], config["rewards"]["scorer"]
+    if data.get("fit", "square") != "square":
+        yield "`mteditflow evaluate` has no buckets of sizes, so its numbers differ from these."
+        return
+    call = {"num_inference_steps": config["evaluation"]["steps"]}
+    call |= _guidance(str(model["path"]), model["guidance"]) | model.get("options", {})
+    options = {
+        "--editor": _short(str(model["path"])),
+        "--lora": exported.output.name,
+        "--turns": data["turns"],
+        "--resolution": model["resolution"],
+        "--dtype": model["dtype"],
+        "--history": data.get("history", "last"),
+        "--seed": config["training"]["seed"],
+        "--noise": "row",
+        "--scorer": scorer,
+    }
+    words = [f"{name} {value}" for name, value in options.items() if value is not None]
+    words += [f"--call {shlex.quote(f'{name}={json.dumps(x)}')}" for name, x in call.items()]
+    judged = "" if scorer else ", add the options of the judge"
+    yield (
+        f"To score a policy under the same conditions and from the same noise{judged} (without "
+        "`--noise row` a chain's noise is drawn by its id, and numbers differ):"
+    )
+    text = " \\\n    ".join(["mteditflow evaluate run HELD_OUT.jsonl", *words])
+    yield f"```bash\n{text}\n```"
+
+
+def _guidance(base: str, scale: float) -> dict[str, float]:
+    """Return the guidance scale as an argument of the base model's call."""
+    from .few_steps import guidance_call
+    from .loading import family_of
+
+    try:
+        return guidance_call(scale, family_of(base))
+    except (OSError, ValueError):  # the base model is gone, or its hub is not reached
+        return {"guidance_scale": scale}
 
 
 def _cells(evaluation: Evaluation, name: str) -> list[str]:
     """Return a metric at each turn, with its interval."""
     columns = (x.tolist() for x in evaluation.metrics[name])
     return [
-        "none" if value != value else f"{value:.2f} [{low:.2f}, {high:.2f}]"
-        for value, low, high in zip(*columns, strict=True)
+        _cell(*numbers, count)
+        for *numbers, count in zip(*columns, evaluation.counts[name], strict=True)
     ]
+
+
+def _cell(value: float, low: float, high: float, count: int) -> str:
+    """Return a number with its interval; a term of unknown range has none if all are alike.
+
+    Example:
+        >>> _cell(1.0, math.nan, math.nan, 4), _cell(math.nan, math.nan, math.nan, 0)
+        ('1.00 [none: all 4 alike]', 'none of 0')
+    """
+    if math.isnan(value):
+        return f"none of {count}"
+    if math.isnan(low):
+        return f"{value:.2f} [none: all {count} alike]"
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _table(head: tuple[str, ...], rows: Any) -> str:

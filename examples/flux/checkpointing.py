@@ -115,6 +115,7 @@ def save(run: Run, *, evaluated: bool = False) -> None:
             "skipped": state.skipped,
             "optimizer": values,
             "config": dumped(run.config),
+            "changes": run.changes,
             "files": run.files,
             "evaluated": _evaluated_before(run),
         }

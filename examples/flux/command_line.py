@@ -7,10 +7,9 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import field, fields, make_dataclass, replace
+from dataclasses import fields, make_dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import tyro
 
@@ -19,6 +18,7 @@ from mteditflow._pipes import reader_may_leave
 from mteditflow.objectives import OBJECTIVES, Objective
 
 from .config import Config, ConfigError, dumped, field_names, name_of, typed
+from .field_help import with_help
 from .parser_errors import reworded
 from .soundness import checked
 
@@ -191,10 +191,8 @@ def _help(preset: str, config: Config, wanted: Sequence[str]) -> None:
         print(f"{program}: sections, listed by --help SECTION")
         print("\n".join(f"  {name:<12} {_summary(type(x))}" for name, x in sections.items()))
         sys.exit(0)
-    shown: list[Any] = [
-        (name, type(sections[name]), field(default=sections[name])) for name in wanted
-    ]
-    tyro.cli(make_dataclass("Fields", shown, frozen=True), args=["--help"], prog=program)
+    shown = [(name, with_help(sections[name])) for name in wanted]
+    tyro.cli(make_dataclass("Fields", shown), args=["--help"], prog=program)
 
 
 def _preset(name: str, kind: type[Config]) -> Config:

@@ -23,7 +23,7 @@ from mteditflow.objectives import (
     ReplayObjective,
 )
 from mteditflow.rewards import RequestOptions
-from mteditflow.training import DepthCurriculum, scheduled_turns
+from mteditflow.training import DepthCurriculum, learning_rate_share, scheduled_turns
 
 from .spelling import hint
 
@@ -419,6 +419,16 @@ class Training:
         if self.reset_steps is None:
             return None
         return ReferenceReset(self.reset_kl, self.reset_steps)
+
+    def rate(self, done: int) -> float:
+        """Return the learning rate of the round after ``done`` rounds; ``done`` < ``rounds``."""
+        return self.learning_rate * learning_rate_share(
+            done,
+            self.rounds,
+            schedule=self.schedule,
+            warmup=self.warmup_rounds,
+            final=self.final_rate if self.schedule != "constant" else 1.0,
+        )
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from mteditflow.objectives import keyed_generator
 from mteditflow.rewards import TurnScores
 from mteditflow.training import gather_scores
 
-from .held_out import HeldOut
+from .held_out import HELD_OUT, HeldOut
 from .loading import made_by
 from .rewards import scale_of
 from .run import Run
@@ -44,7 +44,7 @@ def evaluate(run: Run, held_out: HeldOut) -> None:
     ):
         for start in range(0, len(rows), options.batch):
             part = rows[start : start + options.batch]
-            chains, edited = edit_chains(run, held_out, part, purpose="held out")
+            chains, edited = edit_chains(run, held_out, part, purpose=HELD_OUT)
             waiting.append(run.submit(chains, edited))
             for row, images in zip(part, edited, strict=True):
                 held_out.keep(run.state.done, row, images)
@@ -99,6 +99,12 @@ def first_scores(scores: TurnScores, count: int) -> TurnScores:
 
 
 def _last_turn(evaluation: Evaluation) -> str:
-    """Return the metrics of the last turn as one line of text."""
-    values = (f"{name} {value[-1]:.3g}" for name, value in evaluation.estimates.items())
-    return f"at turn {evaluation.turns}: {', '.join(values)}"
+    """Return the metrics of the last turn, each with its number of chains, as one line of text.
+
+    Intervals are in the report; their bootstrap at each evaluation would take longer.
+    """
+    values = (
+        f"{name} {value[-1]:.3g} ({evaluation.counts[name][-1]})"
+        for name, value in evaluation.estimates.items()
+    )
+    return f"at turn {evaluation.turns} (over chains): {', '.join(values)}"

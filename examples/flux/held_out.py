@@ -16,6 +16,7 @@ from mteditflow.evaluation.provenance import agreed
 
 from .config import ConfigError
 
+HELD_OUT = "held out"  # purpose of the noise; its key is (seed, purpose, row)
 ROUND = re.compile(r"round-(\d{6,})")  # name of an evaluation file, and of its image folder
 # Fields of MadeBy that all evaluations of a run must share, by the option that sets them.
 SETTINGS = {

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
 
 from mteditflow import gather_ranks
 from mteditflow._exits import BAD_INPUT, refuse
@@ -36,14 +35,12 @@ from .loading import (
     made_by,
     require_fitting,
 )
+from .lora_files import check_lora
 from .resuming import check_unchanged, find_checkpoint, fingerprints, warn_of_lost_files
 from .rewards import check_services, judged_by, require_services, scale_of
 from .trackers import check_trackers
 
 INDEX = "model_index.json"  # in the folder of every diffusers pipeline
-LORA = "pytorch_lora_weights.safetensors"
-# First LoRA factor, [rank, in], as named by peft, kohya and old diffusers.
-FACTOR_A = re.compile(r"\.(lora_A|lora_down|lora\.down)\.weight$")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +55,7 @@ class Inputs:
         found: checkpoint to resume from; None: the run starts at round 0.
         judged_by: provenance of the scores.
         files: hashes of the files that the run depends on, by field.
+        changes: options that have changed since the run began, as in ``Run``.
         notes: messages to log first.
     """
 
@@ -68,6 +66,7 @@ class Inputs:
     found: Checkpoint | None
     judged_by: JudgedBy
     files: dict[str, str]
+    changes: list[dict[str, Any]]
     notes: Notes
 
 
@@ -94,12 +93,12 @@ def check(config: Config) -> None:
             got = f"none at {path}" if not path.exists() else f"the folder {path}"
             raise ConfigError(f"{name}: expected a file of chains, got {got}")
     if isinstance(config, DistillationConfig) and config.teacher.path is not None:
-        _check_lora("teacher.path", config.teacher.path, config.model.lora_rank)
+        check_lora("teacher.path", config.teacher.path, config.model.lora_rank)
     if config.model.lora is not None:
         continued = config.model.lora_start == "continue"
-        _check_lora("model.lora", config.model.lora, config.model.lora_rank if continued else None)
+        check_lora("model.lora", config.model.lora, config.model.lora_rank if continued else None)
     if config.sampling.lora is not None:
-        _check_lora("sampling.lora", config.sampling.lora, None)
+        check_lora("sampling.lora", config.sampling.lora, None)
 
 
 def _check_model(field: str, source: str) -> None:
@@ -136,27 +135,6 @@ def _check_memory_options(model: Model) -> None:
         raise ConfigError(f"model.{error}") from error
 
 
-def _check_lora(field: str, path: Path, rank: int | None) -> None:
-    """Raise unless a path is a LoRA of the given rank; None: of any rank.
-
-    Raises:
-        ConfigError: the file is missing, is no LoRA, or has another rank.
-    """
-    try:
-        with safe_open(path / LORA if path.is_dir() else path, framework="pt") as file:
-            names = [name for name in file.keys() if FACTOR_A.search(name)]  # noqa: SIM118
-            ranks = {file.get_slice(name).get_shape()[0] for name in names}
-    except Exception as error:  # safetensors raises several types for invalid files
-        wanted = f"{field}: expected a folder with {LORA}, or such a file"
-        raise ConfigError(f"{wanted}, got {path}: {error}") from error
-    if not ranks:
-        raise ConfigError(f"{field}: expected a LoRA, got none in {path}")
-    if rank is not None and ranks != {rank}:
-        raise ConfigError(
-            f"{field}: expected a LoRA of rank {rank}, as model.lora_rank, got {sorted(ranks)}"
-        )
-
-
 def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     """Read chains and the checkpoint, and check that all parts fit together; not collective.
 
@@ -178,10 +156,10 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     require_fitting(config, family, chains)
     sampler = make_sampler(config, chains, accelerator)
     files = fingerprints(config)
-    found = find_checkpoint(config, notes)
+    found, changes = find_checkpoint(config, notes), []
     if found is not None:
         notes.message(f"resuming after round {found.round}, from {found.path}")
-        check_unchanged(config, files, found, notes)
+        changes = check_unchanged(config, files, found, notes)
         warn_of_lost_files(config, found, notes)
         _load_order(sampler, found)
     held_out = None
@@ -204,7 +182,7 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     judge = judged_by(config.rewards)
     if held_out is not None and found is not None:
         judge = _comparable(config, held_out, judge, found.round)
-    return Inputs(chains, sampler, held_out, sessions, found, judge, files, notes)
+    return Inputs(chains, sampler, held_out, sessions, found, judge, files, changes, notes)
 
 
 @contextmanager

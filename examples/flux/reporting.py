@@ -217,6 +217,7 @@ def summarize(run: Run) -> None:
         metrics,
         config=flat(run.config),
         seed=run.config.training.seed,
+        changes=run.changes,
         alarms=run.alarms,
     )
     write_report(folder, report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mteditflow.evaluation.provenance import content_hash
@@ -12,14 +13,16 @@ from mteditflow.training import Checkpoint, Checkpoints, read_metrics
 from .config import Config, ConfigError, dumped
 from .loading import Notes
 
-# Weights, optimizer and sampler state depend on these fields; a change needs a new run.
+# Weights, optimizer, order of chains and random numbers depend on these fields; a change needs a
+# new run.
 FIXED = (
     ("objective", "name"),
     *(("model", f"lora_{name}") for name in ("rank", "alpha", "targets", "start", "reference")),
-    ("data", "turns"),
-    ("data", "history"),
+    *(("data", name) for name in ("turns", "history", "groups", "group_size", "draw")),
     ("training", "optimizer"),
+    ("training", "seed"),
 )
+LEARNING_RATE = ("learning_rate", "schedule", "warmup_rounds", "final_rate", "rounds")  # its fields
 HASHED = (
     *(("model", "path"), ("model", "lora"), ("sampling", "model"), ("sampling", "lora")),
     *(("data", "chains"), ("data", "held_out"), ("teacher", "sessions")),
@@ -165,14 +168,17 @@ def fingerprints(config: Config) -> dict[str, str]:
 
 def check_unchanged(
     config: Config, files: Mapping[str, str], found: Checkpoint, notes: Notes
-) -> None:
+) -> list[dict[str, Any]]:
     """Compare a configuration with that of a checkpoint: refuse some changes, warn of others.
 
     Args:
         config: configuration of this process.
         files: ``fingerprints`` of ``config``.
         found: checkpoint to resume from.
-        notes: collects a warning for each accepted change.
+        notes: collects a warning for each accepted change, and for a learning rate that changes.
+
+    Returns:
+        All accepted changes of the run up to now, in order: "after_round", "option", "was", "is".
 
     Raises:
         ConfigError: a field or file differs that the state of the run depends on.
@@ -203,8 +209,16 @@ def check_unchanged(
         path = getattr(getattr(config, section), name)
         content = f"a file or folder of content {old[field]}"
         raise ConfigError(_refusal(field, content, folder, f"{path} of content {files[field]}"))
-    for text in (*_unknown_files(files, old), *_changed_fields(before, now)):
+    for text in _unknown_files(files, old):
         notes.warning(text)
+    changes = [{"after_round": found.round, **change} for change in _changed_fields(before, now)]
+    for change in changes:
+        notes.warning(
+            f"{change['option']} was {change['was']!r} and is {change['is']!r} from here on"
+        )
+    if (text := _changed_rate(config, before["training"], found.round)) is not None:
+        notes.warning(text)
+    return [*found.state.get("changes", []), *changes]
 
 
 def _refusal(field: str, was: str, folder: object, got: str) -> str:
@@ -220,9 +234,32 @@ def _unknown_files(files: Mapping[str, str], old: Mapping[str, str]) -> Iterator
             yield f"{field}: the checkpoint has no hash of it, so a change would not be seen"
 
 
-def _changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _changed_fields(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     for section, fields in now.items():
         for name, value in fields.items():
             was = before.get(section, {}).get(name)
             if was != value:
-                yield f"{section}.{name} was {was!r} and is {value!r} from here on"
+                yield {"option": f"{section}.{name}", "was": was, "is": value}
+
+
+def _changed_rate(config: Config, before: Mapping[str, Any], done: int) -> str | None:
+    """Describe a learning rate that another schedule, such as one of more rounds, changes.
+
+    Args:
+        config: configuration of this process.
+        before: section training of the checkpoint.
+        done: completed rounds.
+    """
+    now = config.training
+    fields = {name: before.get(name, getattr(now, name)) for name in LEARNING_RATE}
+    changed = [f"training.{name}" for name, was in fields.items() if was != getattr(now, name)]
+    old = replace(now, **fields)
+    planned = old.rate(done) if done < old.rounds else None
+    if not changed or done >= now.rounds or planned == now.rate(done):
+        return None
+    ran = f"{old.rate(done - 1):.3g} in round {done}, " if 0 < done <= old.rounds else ""
+    instead = "" if planned is None else f" (planned: {planned:.3g})"
+    return (
+        f"{', '.join(changed)}: the learning rate is {ran}{now.rate(done):.3g} in round "
+        f"{done + 1}{instead}, {now.rate(now.rounds - 1):.3g} in the last round, {now.rounds}"
+    )

@@ -31,7 +31,6 @@ from mteditflow.training import (
     SessionCounts,
     Termination,
     Update,
-    learning_rate_share,
 )
 
 from .config import Config
@@ -103,6 +102,8 @@ class Run:
         drift: drift detector; None without ``safety.drift_members``.
         alarms: drift alarms so far, each with "round", "statistic", "value", "low", "high" and
             "picture".
+        changes: options changed by resumed processes, each with "after_round", "option", "was" and
+            "is".
         first_round: completed rounds at the start of this process; -1 before ``restore``.
         saved: round of the checkpoint that a restart would resume from; -1: none known.
         between: whether weights are exactly those after ``state.done`` rounds; False from the first
@@ -135,6 +136,7 @@ class Run:
     absent: set[str] = field(default_factory=set)
     drift: DriftWatch | None = None
     alarms: list[dict[str, Any]] = field(default_factory=list)
+    changes: list[dict[str, Any]] = field(default_factory=list)
     first_round: int = -1
     saved: int = -1
     between: bool = True
@@ -196,13 +198,7 @@ class Run:
     def begin_round(self) -> None:
         """Set the learning rate and turns of the round, and clear the metrics."""
         training = self.config.training
-        rate = training.learning_rate * learning_rate_share(
-            self.state.done,
-            training.rounds,
-            schedule=training.schedule,
-            warmup=training.warmup_rounds,
-            final=training.final_rate if training.schedule != "constant" else 1.0,
-        )
+        rate = training.rate(self.state.done)
         # Weight decay as well: a restored optimizer has that of its checkpoint.
         for group in self.optimizer.param_groups:
             group.update(lr=rate, weight_decay=training.weight_decay)

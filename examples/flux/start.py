@@ -95,6 +95,7 @@ def build(
         else DriftWatch(baseline=safety.drift_rounds, width=safety.drift_width),
         found=inputs.found,
         files=inputs.files,
+        changes=inputs.changes,
     )
 
 

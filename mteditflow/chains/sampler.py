@@ -65,7 +65,9 @@ class RoundSampler(Sampler[list[int]]):
     def _check_plan(self, state: Mapping[str, Any]) -> None:
         for name, own in self._plan().items():
             if state.get(name) != own:
-                raise ValueError(f"state: expected {name} = {own!r}, got {state.get(name)!r}")
+                raise ValueError(
+                    f"state: expected {name} = {own!r}, as in this sampler, got {state.get(name)!r}"
+                )
 
 
 class GroupSampler(RoundSampler):

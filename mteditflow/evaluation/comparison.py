@@ -13,7 +13,7 @@ from mteditflow.chains import Chain
 from mteditflow.evaluation.evaluation import CONSISTENCY, FOLLOWING, Evaluation
 from mteditflow.evaluation.intervals import interval_of, without_width
 from mteditflow.evaluation.long_chains import survival_differences
-from mteditflow.evaluation.provenance import require_same_judge
+from mteditflow.evaluation.provenance import noise_of_both, require_same_judge
 from mteditflow.evaluation.report import Report, in_words, lost_chains
 from mteditflow.evaluation.tabulation import Numbers, at_ends
 from mteditflow.metrics import (
@@ -48,8 +48,10 @@ class Comparison:
             over its mean at turn 1, of the chains that have both turns. It is not a share of the
             success at turn 1: chains that fail at turn 1 and succeed at turn N raise it, even above
             1. NaN where the value at turn 1 is 0.
+        ratio_chains: number of chains behind each ``marginal_ratio``, in both evaluations.
         conditional_success: P(success at N | success at 1) in percent; NaN where no chain succeeded
             at turn 1.
+        conditional_chains: number of chains that succeeded at turn 1, before and after.
     """
 
     before: int
@@ -58,7 +60,9 @@ class Comparison:
     chains: Mapping[str, int]
     difference: Mapping[str, Interval]
     marginal_ratio: Mapping[str, BeforeAfter]
+    ratio_chains: Mapping[str, int]
     conditional_success: BeforeAfter
+    conditional_chains: tuple[int, int]
 
 
 def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = False) -> Comparison:
@@ -123,6 +127,8 @@ def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = Fals
     widest = _widened(marginal, *(_ratio(*own) for own in marginals))
     marginal_ratio = dict(zip(ratio_names, [widest, *map(_spread, others)], strict=True))
     counts = before.counts_of(*first)[:, -1].tolist()
+    both_turns = before.counts_of(*at_ends(*first))[with_ratio, -1].tolist()
+    old_first, new_first = (int(_succeeded_first(*own).sum()) for own in marginals)
     return Comparison(
         before.round,
         after.round,
@@ -130,7 +136,9 @@ def compare(before: Evaluation, after: Evaluation, *, across_judges: bool = Fals
         dict(zip(names, counts, strict=True)),
         difference=changes | _paired(*shares),
         marginal_ratio=marginal_ratio,
+        ratio_chains=dict(zip(ratio_names, both_turns, strict=True)),
         conditional_success=_conditional(given, *marginals),
+        conditional_chains=(old_first, new_first),
     )
 
 
@@ -194,11 +202,16 @@ def _conditional(pair: BeforeAfter, old: Outcome, new: Outcome) -> BeforeAfter:
     """Return P(success at N | success at 1) in percent, with Wilson's intervals."""
 
     def share(outcome: Tensor, counted: Tensor) -> Interval:
-        given = counted[:, 0] & counted[:, -1] & outcome[:, 0]
+        given = _succeeded_first(outcome, counted)
         return _in_percent(wilson_interval((given & outcome[:, -1]).sum(), given.sum()))
 
     before, after = share(*old), share(*new)
     return _widened(BeforeAfter(before, after, pair.difference), before, after)
+
+
+def _succeeded_first(outcome: Tensor, counted: Tensor) -> Tensor:
+    """Return which chains succeeded at turn 1 and count at turn N, [C]."""
+    return counted[:, 0] & counted[:, -1] & outcome[:, 0]
 
 
 def _ratio(outcome: Tensor, counted: Tensor) -> Interval:
@@ -294,6 +307,7 @@ def report_difference(
     first, second = paired_samples(before, after)
     interval = numbers.difference(first, second)
     gaps = [evaluation.unmeasured for evaluation in (before, after)]
+    makers = before.provenance.made_by, after.provenance.made_by
     return Report(
         title=title,
         turns=before.turns,
@@ -306,7 +320,10 @@ def report_difference(
             *in_words(numbers.places, interval, numbers.counts(first)),
             *in_words(*survival_differences(first, second)),
         ),
-        notes=("Paired differences, the second minus the first.", *_judges(before, after)),
+        notes=(
+            f"Second minus first, paired by chain, {noise_of_both(*makers)}.",
+            *_judges(before, after),
+        ),
         sources=(before.provenance, after.provenance),
     )
 

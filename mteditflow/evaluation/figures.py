@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ from mteditflow.metrics import FEW_CASES
 
 INK, SOFT, FAINT = "#1f2933", "#6b7684", "#c9d0d8"
 GOOD, AMBER, BAD, BLUE, PURPLE = "#1a7f4b", "#d97706", "#c0392b", "#2457d6", "#7c3aed"
+TEAL, PINK, LIME, BROWN, SLATE = "#0e7490", "#db2777", "#65a30d", "#854d0e", "#334155"
 DPI = 140
 # Fallbacks for instructions in other scripts; fonts that are not installed are skipped.
 FONTS = ("DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans")
@@ -42,7 +44,10 @@ BARS = {
     "content_consistency": ("CC", AMBER),
     "overall": ("Overall", GOOD),
 }
-LINES = (SOFT, BLUE, GOOD, AMBER)  # colors of compared reports, in order
+LINES = (SOFT, BLUE, GOOD, AMBER, PURPLE, TEAL, PINK, LIME)  # colors of compared reports, in order
+PANEL_TITLE = {"fontsize": 11}
+TITLE_CHARS = 40  # of a line of a panel's title or legend
+LINE_HEIGHT = 0.2  # of a further line of a title or legend, inches
 
 
 @contextmanager
@@ -82,6 +87,16 @@ def titled_figure(width: float, height: float, title: str) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, layout=layout)
     figure.suptitle(title, color=INK, x=0.01, ha="left", fontsize=12.5, wrap=True)
     return figure
+
+
+def wrapped(text: str, chars: int = TITLE_CHARS) -> str:
+    r"""Break a title of a report, which may be one long path, into lines that fit a panel.
+
+    Example:
+        >>> wrapped("Marginal of models/kontext + lora/edits.safetensors", 24)
+        'Marginal of\nmodels/kontext +\nlora/edits.safetensors'
+    """
+    return "\n".join(textwrap.wrap(text, chars)) or text
 
 
 def legend_below(axes: Any, *, columns: int = 4) -> None:
@@ -173,18 +188,20 @@ def draw_report(*reports: Report) -> Figure:
         raise ValueError("reports: expected at least one, got none")
     report = reports[-1]
     count = 3 if report.edit_types else 2
+    of = f"\n{wrapped(report.title)}" if len(reports) > 1 else ""
+    title, *others = dict.fromkeys(x.title for x in reversed(reports))
+    whole = wrapped(title + "".join(f", against {x}" for x in others), count * TITLE_CHARS)
+    legend = "\n".join(wrapped(x.title) for x in reports) if len(reports) > 1 else ""
+    lines_more = of.count("\n") + whole.count("\n") + legend.count("\n")
     with house_style():
-        figure = Figure(
-            figsize=(4.6 * count, 4.2), dpi=DPI, facecolor="white", layout="constrained"
-        )
+        size = (4.6 * count, 4.2 + LINE_HEIGHT * lines_more)
+        figure = Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained")
         bars, lines, *types = figure.subplots(1, count)
-        of = f" ({report.title})" if len(reports) > 1 else ""
         _bars(bars, report, of)
         _lines(lines, reports)
         for axes in types:
             _types(axes, report, of)
-        title, *others = dict.fromkeys(x.title for x in reversed(reports))
-        figure.suptitle(title + "".join(f", against {x}" for x in others), color=INK)
+        figure.suptitle(whole, color=INK)
         figure.canvas.draw()  # lays out while the fonts of the house are set
     return figure
 
@@ -258,7 +275,8 @@ def _has(report: Report, metric: str) -> bool:
 def _survived(report: Report) -> str:
     """Return a legend entry: the report's title with its mean number of turns survived."""
     mean = report.find(SURVIVED, MEAN).estimate
-    return report.title if mean is None else f"{report.title}: {mean:.2f} turns on average"
+    title = report.title if mean is None else f"{report.title}: {mean:.2f} turns on average"
+    return wrapped(title)
 
 
 def _lines(axes: Any, reports: Sequence[Report]) -> None:
@@ -266,11 +284,11 @@ def _lines(axes: Any, reports: Sequence[Report]) -> None:
     for i, report in enumerate(reports):
         turns, color = range(1, report.turns + 1), colors[i % len(colors)]
         if report.turns > FEW_TURNS:
-            _curve(axes, report, "marginal", report.title, color)
+            _curve(axes, report, "marginal", wrapped(report.title), color)
             continue
         values, errors = _values(report, "marginal", turns)
         style = {"color": color, "capsize": 3, "marker": "o"}
-        axes.errorbar(turns, values, yerr=errors, label=report.title, **style)
+        axes.errorbar(turns, values, yerr=errors, label=wrapped(report.title), **style)
     turns = range(1, max(report.turns for report in reports) + 1)
     _finish(axes, "Marginal: this turn alone, %", turns, reports)
     if len(reports) > 1:
@@ -286,7 +304,8 @@ def _types(axes: Any, report: Report, of: str) -> None:
     labels = [f"{x.edit_type} ({x.count}{', few' * x.few})".replace("_", " ") for x in found]
     axes.set_yticks(places, labels)
     axes.invert_yaxis()
-    axes.set(title=f"Marginal by edit type (turns), %{of}", xlim=(0, 100))
+    axes.set_title(f"Marginal by edit type (turns), %{of}", **PANEL_TITLE)
+    axes.set_xlim(0, 100)
     axes.grid(axis="x", color=FAINT, linewidth=0.6)
     axes.set_axisbelow(True)
 
@@ -315,7 +334,8 @@ def _finish(
     of_all = (x for report in reports for x in report.estimates if x.edit_type is None)
     few = any(x.few for x in of_all if x.metric in metrics)
     label = f"turn (some points over fewer than {FEW_CASES} chains)" if few else "turn"
-    axes.set(title=title, xlabel=label, ylim=(0, 105))
+    axes.set(xlabel=label, ylim=(0, 105))
+    axes.set_title(title, **PANEL_TITLE)
     axes.set_xticks(turns_shown(len(turns)))
     axes.set_yticks(range(0, 101, 20))
     axes.grid(axis="y", color=FAINT, linewidth=0.6)

@@ -189,6 +189,24 @@ def require_same_judge(before: JudgedBy, after: JudgedBy, *, known: bool) -> Non
     )
 
 
+def noise_of_both(before: MadeBy, after: MadeBy) -> str:
+    """Return text on whether two evaluations edited each chain from the same seed of the noise.
+
+    Example:
+        >>> noise_of_both(MadeBy(editor="a", seed=0), MadeBy(editor="b", seed=0))
+        'from the same seeds of the noise'
+        >>> noise_of_both(MadeBy(editor="a", seed=0), MadeBy(images="made"))
+        'without a record of common noise'
+    """
+    if before.images is not None and before.images == after.images:
+        return "on the same images"
+    if None in (before.editor, after.editor):
+        return "without a record of common noise"
+    # The trainer's key of the noise is an option of the call.
+    keys = [(x.seed, '"noise": "row"' in (x.call or "")) for x in (before, after)]
+    return f"from {'the same' if keys[0] == keys[1] else 'other'} seeds of the noise"
+
+
 def prompt_version(prompt: Prompt) -> str:
     """Return a hash of a prompt's full text, rendered for two turns of a fixed chain.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from mteditflow._files import write_atomically
 from mteditflow._pipes import reader_may_leave
 from mteditflow._text import escape_markup
-from mteditflow.evaluation.comparison import compare
+from mteditflow.evaluation.comparison import BeforeAfter, compare
 from mteditflow.evaluation.evaluation import Evaluation
 from mteditflow.metrics import FEW_CASES, Interval
 from mteditflow.training.metrics_file import LOST, REWARD, SECONDS
@@ -46,6 +46,7 @@ def run_report(
     *,
     config: Mapping[str, Any],
     seed: int,
+    changes: Sequence[Mapping[str, Any]] = (),
     alarms: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return the results, settings and environment of a run as JSON values.
@@ -55,8 +56,10 @@ def run_report(
             the summary then names.
         after: evaluation of the same chains after training.
         metrics: ``RunLog.metrics``, with the names of ``RoundRewards.numbers``.
-        config: settings of the run, JSON values (paths and enumerations become text).
+        config: settings of the run at its end, JSON values (paths and enumerations become text).
         seed: seed of the run.
+        changes: settings that a resumed run changed: "after_round", "option", "was" and "is" of
+            each.
         alarms: image statistics that left their bands: "round", "statistic", "value", "low",
             "high" and "picture" of each.
 
@@ -65,7 +68,8 @@ def run_report(
         "<metric>_interval"; "difference_at_last_turn": as ``comparison_report``; "seconds", the
         total, and "time", seconds and share by phase; "invalid_reward_share"; "lost_answers" by
         reason; "rounds_without_reward", the number of rounds without any value, by reward;
-        "drift_alarms"; and date, devices and versions. ``None`` is a missing number.
+        "drift_alarms"; "config" and "changed_options"; and date, devices and versions. ``None`` is
+        a missing number.
     """
     report = {
         "seed": seed,
@@ -77,6 +81,7 @@ def run_report(
         **_totals(metrics),
         "drift_alarms": alarms,
         "config": config,
+        "changed_options": changes,
         "date": date.today().isoformat(),
         "threads": torch.get_num_threads(),
         "devices": _devices(),
@@ -113,16 +118,21 @@ def comparison_report(before: Evaluation, after: Evaluation) -> dict[str, Any]:
 
     "chains" is the number of chains that have each metric in both evaluations. "marginal_ratio" is,
     by metric, the value at turn N divided by the value at turn 1. "conditional_success" is
-    P(success at N | success at 1) in percent. The last two have "before", "after" and "difference".
+    P(success at N | success at 1) in percent. The last two have "before", "after" and "difference",
+    and "chains", the denominators before and after.
     """
     found = compare(before, after)
-    ratios = found.marginal_ratio.items()
+
+    def pair(x: BeforeAfter, counts: Sequence[int]) -> dict[str, Any]:
+        return {**_with_intervals(x._asdict()), "chains": list(counts)}
+
+    ratios = {name: (x, 2 * [found.ratio_chains[name]]) for name, x in found.marginal_ratio.items()}
     return {
         "turn": found.turn,
         "chains": found.chains,
         **_with_intervals(found.difference),
-        "marginal_ratio": {name: _with_intervals(x._asdict()) for name, x in ratios},
-        "conditional_success": _with_intervals(found.conditional_success._asdict()),
+        "marginal_ratio": {name: pair(*own) for name, own in ratios.items()},
+        "conditional_success": pair(found.conditional_success, found.conditional_chains),
     }
 
 
@@ -168,13 +178,13 @@ def summary_text(report: Mapping[str, Any], folder: Path) -> str:
 
 
 def _print_files(folder: Path, console: Console) -> None:
-    """Print the folder of a run and the names of its files."""
-    files = sorted(
-        path.name
+    """Print the folder of a run, and the names of its files and, with a slash, of its folders."""
+    names = sorted(
+        f"{path.name}/" if path.is_dir() else path.name
         for path in folder.glob("*")
-        if path.is_file() and path.name[0] != "." and not path.name.endswith(("-shm", "-wal"))
+        if path.name[0] != "." and not path.name.endswith(("-shm", "-wal"))
     )
-    there = f": {', '.join(files)}" if files else ""
+    there = f": {', '.join(names)}" if names else ""
     console.print(
         f"Written to [bold]{escape_markup(str(folder))}[/bold]{escape_markup(there)}.",
         highlight=False,
@@ -237,7 +247,19 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
     for name, count in report["rounds_without_reward"].items():
         rounds = f"{count} of {_many(report['rounds'], 'round')}"
         lines.append(f"No trajectory had the reward {escape_markup(name)} in {rounds}.")
+    lines += [_changed_option(change) for change in report.get("changed_options", ())]
     return lines + [_alarm(alarm) for alarm in report.get("drift_alarms", ())]
+
+
+def _changed_option(change: Mapping[str, Any]) -> str:
+    """Return a sentence on a setting that a resumed run changed, with markup escaped.
+
+    Example:
+        >>> _changed_option({"after_round": 3, "option": "training.rounds", "was": 3, "is": 5})
+        'After round 3, training.rounds was changed from 3 to 5.'
+    """
+    what = f"{change['option']} was changed from {change['was']} to {change['is']}"
+    return f"After round {change['after_round']}, {escape_markup(what)}."
 
 
 def _alarm(alarm: Mapping[str, Any]) -> str:
@@ -349,21 +371,30 @@ def _since_turn_1(gain: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _before_after(x: Mapping[str, Any], digits: int, unit: str = "", points: str = "") -> str:
-    """Return a number after and before, with the difference and its interval if there is one."""
+    """Return a number after and before with interval and denominator, and the difference."""
+    counts = x.get("chains", (None, None))  # reports of older versions have none
     before, after = (
-        "none" if x[when] is None else f"{x[when]:.{digits}f}{unit}" for when in ("before", "after")
+        f"{_with_ends(x, when, f'.{digits}f', unit)}"
+        + ("" if count is None else f" of {_many(count, 'chain')}{_few(count)}")
+        for when, count in zip(("before", "after"), counts, strict=True)
     )
     change = ""
     if x["difference"] is not None:
-        ends = _interval(x["difference_interval"], f"+.{digits}f")
-        change = f"; {x['difference']:+.{digits}f} {ends}{points}"
+        change = f"; {_with_ends(x, 'difference', f'+.{digits}f')}{points}"
     return f"= {after} (before: {before}{change})"
+
+
+def _with_ends(x: Mapping[str, Any], name: str, form: str, unit: str = "") -> str:
+    """Return a number with its interval, or "none"."""
+    if x[name] is None:
+        return "none"
+    return f"{x[name]:{form}}{unit} {_interval(x[f'{name}_interval'], form)}"
 
 
 def _cells(rows: Mapping[str, Any], name: str, digits: int) -> list[str]:
     columns = rows[name], rows[f"{name}_interval"], rows["chains"][name]
     return [
-        "none"
+        f"none of {count}"
         if value is None
         else f"{value:.{digits}f} {_interval(ends, f'.{digits}f')}{_few(count)}"
         for value, ends, count in zip(*columns, strict=True)
@@ -372,13 +403,13 @@ def _cells(rows: Mapping[str, Any], name: str, digits: int) -> list[str]:
 
 def _few(count: int) -> str:
     """Return the mark of an estimate over few chains, or nothing."""
-    return " *" if count < FEW_CASES else ""
+    return " *" if 0 < count < FEW_CASES else ""
 
 
 def _interval(ends: Sequence[float | None], form: str = "+.1f") -> str:
     """Return the ends of an interval; a term without a range has none if all chains are equal."""
-    known = [format(end, form) for end in ends if end is not None]
-    return f"\\[{', '.join(known) or 'none: all alike'}]"
+    known = ["none" if end is None else format(end, form) for end in ends]
+    return f"\\[{'none: all alike' if set(known) == {'none'} else ', '.join(known)}]"
 
 
 def _many(count: int, what: str) -> str:

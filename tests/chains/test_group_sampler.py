@@ -180,9 +180,12 @@ def test_a_state_of_another_order_is_refused():
         "remainder": "drop", "epoch": 0, "round": 0,
     }  # fmt: skip
     for change, message in (
-        ({"chains": 7}, "state: expected chains = 6, got 7"),
-        ({"seed": 1}, "state: expected seed = 0, got 1"),
-        ({"remainder": "wrap"}, "state: expected remainder = 'drop', got 'wrap'"),
+        ({"chains": 7}, "state: expected chains = 6, as in this sampler, got 7"),
+        ({"seed": 1}, "state: expected seed = 0, as in this sampler, got 1"),
+        (
+            {"remainder": "wrap"},
+            "state: expected remainder = 'drop', as in this sampler, got 'wrap'",
+        ),
         ({"round": 3}, "state: expected an epoch and a round of it, got 0, 3"),
         ({"round": -1}, "state: expected an epoch and a round of it, got 0, -1"),
         ({"epoch": -1}, "state: expected an epoch and a round of it, got -1, 0"),

@@ -139,11 +139,14 @@ def test_errors():
             sampler.step(spread)
     assert sampler.state_dict() == before
     for state, message in (
-        (build(seed=1).state_dict(), "state: expected seed = 0, got 1"),
-        (build(memory=0.0).state_dict(), "state: expected memory = 0.5, got 0.0"),
+        (build(seed=1).state_dict(), "state: expected seed = 0, as in this sampler, got 1"),
+        (
+            build(memory=0.0).state_dict(),
+            "state: expected memory = 0.5, as in this sampler, got 0.0",
+        ),
         (
             GroupSampler(range(4), groups=2, group_size=2).state_dict(),
-            "state: expected uniform = 0.2, got None",
+            "state: expected uniform = 0.2, as in this sampler, got None",
         ),
     ):
         with pytest.raises(ValueError, match=exactly(message)):

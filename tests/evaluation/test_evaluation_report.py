@@ -13,7 +13,16 @@ from matplotlib.container import BarContainer
 from mteditflow.chains import TASK_TYPES, Chain
 from mteditflow.evaluation import JudgedBy, Provenance
 from mteditflow.evaluation.comparison import compare, most_changed, report_difference
-from mteditflow.evaluation.figures import AMBER, BLUE, GOOD, INK, LINES, PURPLE, draw_report
+from mteditflow.evaluation.figures import (
+    AMBER,
+    BLUE,
+    GOOD,
+    INK,
+    LINES,
+    PURPLE,
+    draw_report,
+    write_picture,
+)
 from mteditflow.evaluation.report import Estimate, Report, report_of
 from mteditflow.evaluation.tables import (
     as_csv,
@@ -430,6 +439,20 @@ def test_a_drawn_report_is_titled_by_its_own_name_and_those_it_stands_against():
     found = draw_report(base, other, mine).get_suptitle()
     assert found == "mine, against other, against base"
     assert draw_report(mine, mine).get_suptitle() == "mine"
+
+
+def test_long_titles_are_wrapped_into_the_figure(tmp_path):
+    name = "labs/editor + releases/adapter-with-quite-a-long-name-of-its-own.safetensors"
+    figure = draw_report(by_hand("base"), by_hand(name))
+    write_picture(figure, tmp_path / "report.png")
+    for axes in some(figure.axes):
+        box = axes.title.get_window_extent()
+        assert (box.x0 >= 0, box.x1 <= figure.bbox.x1) == (True, True), axes.get_title()
+    bars, lines, _ = figure.axes
+    assert bars.title.get_window_extent().x1 < lines.title.get_window_extent().x0
+    for axes in (bars, lines):
+        legend = axes.get_legend().get_window_extent()
+        assert 0 <= legend.y0 < legend.y1 < axes.xaxis.label.get_window_extent().y0
 
 
 def test_a_drawn_report_says_where_chains_are_few():

@@ -4,11 +4,13 @@ import json
 import shutil
 
 import pytest
+import torch
 from mteditflow_examples import evaluate, evaluate_single_turn, score_chains
 from mteditflow_examples.shapes.served import record_of
 from mteditflow_examples.shapes.vision import to_pil
 from mteditflow_examples.shapes.world import draw, make_chains
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from mteditflow.chains import EditedImages, read_chains, write_chains
@@ -73,6 +75,11 @@ def root(tmp_path_factory):
     (root / "types.jsonl").write_text(json.dumps({**row, "task_type": "x", "language": "en"}))
     (root / "editor").mkdir()
     (root / "editor" / "model_index.json").write_text('{"_class_name": "Nobody"}')
+    checkpoint = root / "trained" / "checkpoints" / "round-000003"
+    checkpoint.mkdir(parents=True)
+    for path in (checkpoint / "manifest.json", root / "text.safetensors"):
+        path.write_text("{}")
+    save_file({"weight": torch.zeros(1)}, root / "plain.safetensors")
     (root / "kontext" / "vae").mkdir(parents=True)
     index = {"_class_name": "FluxKontextPipeline", "vae": ["diffusers", "AutoencoderKL"]}
     (root / "kontext" / "model_index.json").write_text(json.dumps(index))
@@ -206,7 +213,54 @@ RUN = {
     "no preference model": ([*SCORED, "--preference", "ROOT/made"], "--preference: expected a fo"),
     "a LoRA that is none": (
         ["ROOT/chains.jsonl", "--editor", "ROOT/editor", "--lora", "no/such/lora", *SCORED[3:]],
-        "--lora: expected a folder with pytorch_lora_weights.safetensors or a hub id",
+        "--lora: expected a LoRA file, a folder with pytorch_lora_weights.safetensors or a hub id, "
+        "got 'no/such/lora'; mteditflow export RUN --output FILE.safetensors writes one",
+    ),
+    "a LoRA that is a name": (
+        ["ROOT/chains.jsonl", "--editor", "ROOT/editor", "--lora", "lora", *SCORED[3:]],
+        "or a hub id, got 'lora'; mteditflow export RUN",
+    ),
+    "a LoRA that is a run": (
+        ["ROOT/chains.jsonl", "--editor", "ROOT/editor", "--lora", "ROOT/trained", *SCORED[3:]],
+        "or a hub id, got ROOT/trained: this is a run, and the LoRA of its newest checkpoint is "
+        "ROOT/trained/checkpoints/round-000003/lora",
+    ),
+    "a LoRA that is a checkpoint": (
+        [
+            "ROOT/chains.jsonl",
+            "--editor",
+            "ROOT/editor",
+            *SCORED[3:],
+            "--lora",
+            "ROOT/trained/checkpoints/round-000003",
+        ],
+        ": this is a checkpoint, and its LoRA is ROOT/trained/checkpoints/round-000003/lora",
+    ),
+    "a LoRA that is a folder": (
+        ["ROOT/chains.jsonl", "--editor", "ROOT/editor", "--lora", "ROOT/made", *SCORED[3:]],
+        "or a hub id, got ROOT/made, with 0 .safetensors files",
+    ),
+    "a LoRA that is text": (
+        [
+            "ROOT/chains.jsonl",
+            "--editor",
+            "ROOT/editor",
+            *SCORED[3:],
+            "--lora",
+            "ROOT/text.safetensors",
+        ],
+        "or a hub id, got ROOT/text.safetensors: ",
+    ),
+    "a LoRA without factors": (
+        [
+            "ROOT/chains.jsonl",
+            "--editor",
+            "ROOT/editor",
+            *SCORED[3:],
+            "--lora",
+            "ROOT/plain.safetensors",
+        ],
+        "or a hub id, got ROOT/plain.safetensors, which has no weights of a LoRA",
     ),
     "an editor that is none": (
         ["ROOT/chains.jsonl", "--editor", "ROOT/made", *SCORED[3:]],

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from datetime import date
+from itertools import pairwise
 
 import pytest
 from mteditflow_examples.flux.command_line import PRESETS, parse
@@ -104,11 +105,20 @@ def options_of(prefix, default):
             yield name
 
 
+def broken_early(page):
+    """Lines of help texts that end although the first word of the next one still fits."""
+    rows = [line[2:-2] for line in page.splitlines() if line.startswith("│ ")]
+    pairs = [(a, b) for a, b in pairwise(rows) if a.startswith("      ") and b.startswith("      ")]
+    return [a for a, b in pairs if len(f"{a.rstrip()} {b.split()[0]}") <= len(a)]
+
+
 @pytest.mark.parametrize("kind", [Config, DistillationConfig])
 def test_every_field_says_what_it_is(kind, capsys):
     found, sections = [], [field.name for field in dataclasses.fields(kind)]
     for section in some(sections):
-        told = re.sub(r"[│\s]+", " ", shown(capsys, "kontext-nft", section, kind=kind))
+        page = shown(capsys, "kontext-nft", section, kind=kind)
+        told = re.sub(r"[│\s]+", " ", page)
+        assert broken_early(page) == []
         for option in some(options_of(f"--{section}", getattr(kind(), section))):
             assert re.search(rf"{option}\b.{{20}}", told), option
         found += re.findall(r"\(default: ", told)

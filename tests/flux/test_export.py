@@ -1,12 +1,13 @@
 """mteditflow export: weights and card of a run; what cannot be exported is refused."""
 
 import json
+import shlex
 import shutil
 
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
-from mteditflow_examples import export, train_flux
+from mteditflow_examples import evaluate, export, train_flux
 from mteditflow_examples.flux.card import MARK
 from PIL import Image
 from safetensors.torch import load_file
@@ -99,6 +100,28 @@ def test_the_card_has_what_the_run_has_measured(run, tmp_path):
     assert str(tmp_path.parent) not in card
 
 
+def test_the_command_on_the_card_gives_the_numbers_on_the_card(run, world, tmp_path):
+    """Of the trainer's own evaluation: same noise of each chain at each turn, same call."""
+    assert call(export.app, [run, "--output", tmp_path / "edits.safetensors"]).code == 0
+    card = (tmp_path / "README.md").read_text()
+    command = card.partition("```bash\n")[2].partition("```")[0].replace("\\\n", " ")
+    words = shlex.split(command)
+    assert words[:4] == ["mteditflow", "evaluate", "run", "HELD_OUT.jsonl"]
+    words[words.index("--editor") + 1] = world / "model"
+    words[words.index("--lora") + 1] = tmp_path / "edits.safetensors"
+    given = ["run", world / "held_out.jsonl", *words[4:], "--output", tmp_path / "again"]
+    with pytest.MonkeyPatch.context() as patch:
+        undraw(patch)
+        assert call(evaluate.app, given).code == 0
+    expected = Evaluation.read(run / "evaluations" / "round-000002.json")
+    found = Evaluation.read(tmp_path / "again" / "evaluation.json")
+    assert found.chain_ids == expected.chain_ids
+    for name in some(expected.terms):
+        assert torch.equal(found.terms[name].score, expected.terms[name].score), name
+    made = json.loads((tmp_path / "again" / "settings.json").read_text())["provenance"]["made_by"]
+    assert json.loads(made["call"])["noise"] == "row"
+
+
 def test_what_was_not_measured_is_said_to_be_so(blind, tmp_path):
     assert call(export.app, [blind, "--output", tmp_path / "edits.safetensors"]).code == 0
     card = (tmp_path / "README.md").read_text()
@@ -112,7 +135,9 @@ def test_a_card_of_its_own_is_written_again(run, tmp_path):
         assert call(export.app, [run, "--output", tmp_path / "edits.safetensors"]).code == 0
 
 
-@pytest.mark.parametrize("fault", ["name", "card", "file", "inside", "nothing", "empty", "layer"])
+@pytest.mark.parametrize(
+    "fault", ["name", "card", "file", "inside", "nothing", "beside", "empty", "layer"]
+)
 def test_what_cannot_be_exported_is_refused(fault, run, blind, tmp_path):
     source, output, words = run, tmp_path / "edits.safetensors", []
     if fault == "name":
@@ -127,7 +152,17 @@ def test_what_cannot_be_exported_is_refused(fault, run, blind, tmp_path):
         output = max((run / "checkpoints").glob("round-*")) / LORA
         message = "--output: expected a file outside of checkpoints, got one in "
     elif fault == "nothing":
-        source, message = tmp_path / "none", f"{tmp_path}/none: expected 'auto', 'best' or a check"
+        source = tmp_path / "none"
+        message = (
+            "source: expected the folder of a training run, which has checkpoints, or of one "
+            f"checkpoint, got {source}, which does not exist\n"
+        )
+    elif fault == "beside":
+        source = run / "checkpoints" / "round-000007"
+        message = (
+            "source: expected the folder of a training run, which has checkpoints, or of one "
+            f"checkpoint, got {source}, which does not exist; there are round-000002 beside it\n"
+        )
     elif fault == "empty":
         source = tmp_path / "run"
         (source / "checkpoints").mkdir(parents=True)

@@ -288,7 +288,8 @@ def test_a_run_whose_reference_was_reset_cannot_go_on_without(whole):
         training=dataclasses.replace(config.training, reset_steps=None, reset_kl=1e-4),
     )
     before = found.state["config"]
-    for section, name in (("model", "lora_targets"), ("data", "turns")):
+    same = (("model", "lora_targets"), *(("data", x) for x in ("turns", "groups", "group_size")))
+    for section, name in same:
         before[section][name] = getattr(getattr(config, section), name)
     before["model"]["lora_targets"] = []
     notes = SimpleNamespace(warning=lambda *_: None)

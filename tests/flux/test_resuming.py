@@ -14,13 +14,14 @@ from itertools import count
 
 import pytest
 import torch
-from mteditflow_examples import train_flux
+from mteditflow_examples import export, train_flux
 from mteditflow_examples.flux.checkpointing import cut_back
 from mteditflow_examples.flux.command_line import parse
 from mteditflow_examples.flux.config import ConfigError
-from mteditflow_examples.flux.held_out import HeldOut
+from mteditflow_examples.flux.held_out import SETTINGS, HeldOut
 from mteditflow_examples.flux.inputs import make_sampler
 from mteditflow_examples.flux.reporting import summarize
+from mteditflow_examples.flux.resuming import FIXED, HASHED
 from mteditflow_examples.shapes.scoring import ExactRewards
 from safetensors.torch import save_file
 
@@ -35,7 +36,7 @@ from mteditflow.training.pictures import draw_before_after
 from tests.flux.killing import differences
 from tests.flux.rounds import started
 from tests.flux.worlds import ENVIRONMENT, SCRIPT, options
-from tests.processes import Process
+from tests.processes import ROOT, Process
 from tests.refusals import call, files
 from tests.samples_of_scores import few_resamples
 from tests.undrawn import undraw
@@ -106,8 +107,10 @@ CHANGED = {
         ["--evaluation.policy", "old"],
         "evaluation.policy: expected 'current', as in the evaluation of round 1, with which",
     ),
-    "seed": (["--training.seed", 5], "output.resume: cannot go on from"),
-    "groups": (["--data.groups", 4], "output.resume: cannot go on from"),
+    "seed": (["--training.seed", 5], "training.seed: expected 0, with which the run in"),
+    "groups": (["--data.groups", 4], "data.groups: expected 2, with which the run in"),
+    "members": (["--data.group-size", 2], "data.group_size: expected 4, with which the run in"),
+    "order": (["--data.draw", "informative"], "data.draw: expected 'epochs', with which the run"),
     "resume": (["--output.resume", "never"], "output.resume: never, but"),
 }
 
@@ -116,6 +119,17 @@ CHANGED = {
 def test_what_has_changed_is_refused(again, case):
     words, message = CHANGED[case]
     assert message in again(*words)
+
+
+def test_the_page_names_every_option_that_is_fixed():
+    page = (ROOT / "docs" / "training.md").read_text()
+    listed = page.partition("Some things may not change")[2].partition("Any other field")[0]
+    named = set(re.findall(r"`([a-z_]+(?:\.[a-z_]+)?)`", listed))
+    fixed = {"objective" if name == "name" else f"{section}.{name}" for section, name in FIXED}
+    hashed = {f"{section}.{name}" for section, name in HASHED}
+    compared = {*SETTINGS, "evaluation.policy", "rewards.success"}
+    bound_once_used = {"training.ema_decay", "training.reset_steps"}
+    assert named == fixed | hashed | compared | bound_once_used
 
 
 @pytest.mark.parametrize("name", ["train", "held_out"])
@@ -204,6 +218,15 @@ def test_strays_and_later_evaluations_are_left_or_made_again(stopped, tmp_path):
     assert [line["round"] for line in read_metrics(tmp_path / "all" / "run/metrics.jsonl")] == [2]
     log = (tmp_path / "all" / "run" / "log.txt").read_text()
     assert "training.rounds was 1 and is 2 from here on" in log
+    assert (
+        "training.rounds: the learning rate is 0.001 in round 1, 0.0001 in round 2, 0.0001 in the "
+        "last round, 2\n"
+    ) in log
+
+
+def changed(report):
+    """Changes of the section training; paths changed as well, since the folder was copied."""
+    return [x for x in report["changed_options"] if x["option"].startswith("training.")]
 
 
 def test_before_is_the_round_that_it_is(stopped, tmp_path, capsys):
@@ -223,6 +246,17 @@ def test_before_is_the_round_that_it_is(stopped, tmp_path, capsys):
     assert "\x1b" not in said
     report = json.loads((run / "report.json").read_text())
     assert (report["before"]["round"], report["after"]["round"]) == (1, 2)
+    rounds = {"after_round": 1, "option": "training.rounds", "was": 1, "is": 2}
+    assert changed(report) == [rounds]
+    assert "After round 1, training.rounds was changed from 1 to 2." in said
+    assert call(export.app, [run, "--output", tmp_path / "lora" / "x.safetensors"]).code == 0
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert "| 1 | `training.rounds` | `1` | `2` |" in card
+    assert str(tmp_path.parent) not in card
+    assert call(train_flux.main, options(world, run, *MORE, "--training.rounds", 3)).code == 0
+    report = json.loads((run / "report.json").read_text())
+    again = {"after_round": 2, "option": "training.rounds", "was": 2, "is": 3}
+    assert changed(report) == [rounds, again]
 
 
 @pytest.fixture

@@ -182,7 +182,9 @@ def test_a_reward_that_was_always_lost_is_drawn_empty():
 
 
 def test_other_terms_take_their_color_by_position():
-    assert [color_of("looks", i) for i in range(4)] == [GOOD, PURPLE, SOFT, GOOD]
+    assert [color_of("looks", i) for i in range(7)] == [*SPARE, GOOD]
+    assert SPARE[:3] == (GOOD, PURPLE, SOFT)
+    assert len({*SPARE, BLUE, AMBER}) == len(SPARE) + 2
     assert color_of("following", 1) == BLUE
     assert color_of("consistency", 0) == AMBER
 
@@ -351,9 +353,29 @@ def test_phases_are_stacked_the_longest_below_and_what_belongs_to_none_on_top(pa
 
 
 def test_time_without_a_rest_and_with_many_phases():
-    lines = [{"round": 1} | {f"seconds/{name}": 8.0 - i for i, name in enumerate("abcdefg")}]
+    lines = [{"round": 1} | {f"seconds/{name}": 12.0 - i for i, name in enumerate("abcdefghijk")}]
     (axes,) = draw_curves(lines, [], title="").axes
     hues = [color(band) for band in axes.collections]
     assert hues == [*PHASES, PHASES[0]]
     assert axes.get_legend()._ncols == 4
-    assert legend(axes)[0] == "a 23%"
+    assert legend(axes)[0] == "a 16%"  # 12 of 12 + 11 + ... + 2
+
+
+def test_norm_and_kl_have_a_panel_where_they_were_measured():
+    lines = [
+        {"round": i, "training/grad_norm": 2.0 * i, "training/old_kl": 0.5, "training/kl": nan}
+        for i in (1, 2)
+    ]
+    norm, kl = draw_curves(lines, [], title="").axes
+    assert [x.get_title(loc="left") for x in (norm, kl)] == [
+        "Gradient norm before clipping",
+        "KL to the policy that sampled",
+    ]
+    raw, mean = norm.get_lines()
+    assert raw.get_ydata().tolist() == [2, 4]
+    assert (mean.get_label(), mean.get_ydata().tolist()) == ("training/grad_norm", [2, 3])
+
+
+def test_every_phase_of_the_trainer_has_a_color_of_its_own():
+    assert len(set(PHASES)) == len(PHASES) >= 8  # sampling to saving, and comparing
+    assert FAINT not in PHASES

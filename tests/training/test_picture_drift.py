@@ -57,6 +57,22 @@ def test_panels_curves_band_reference_and_alarms():
     assert second.get_lines()[1].get_ydata()[0] == pytest.approx(0.3)  # the median of 5 rounds
 
 
+def test_the_band_ends_with_the_range_and_two_baselines_differ_in_their_dashes():
+    watch = DriftWatch(baseline=3, width=1)
+    names = ("saturation/turn_2", "group_distance/turn_1")
+    for line in lines():
+        watch.check({name: Reading(line[f"drift/{name}"], math.nan, 9.0) for name in names})
+    shares, distance = draw_drift(lines(reference=False), watch=watch, title="").axes
+    for axes, ends in ((shares, (0, 1)), (distance, (0, 9.2))):
+        (band,) = axes.collections
+        y = band.get_paths()[0].vertices[:, 1]
+        assert (y.min(), y.max()) == pytest.approx(ends, abs=0.05)
+    first, second = draw_drift(lines(), title="").axes
+    dashes = [axes.get_lines()[-1].get_linestyle() for axes in (first, second)]
+    assert [labels(axes)[-1] for axes in (first, second)] == ["reference", "first rounds"]
+    assert len(set(dashes)) == 2
+
+
 def test_without_watch_and_references_there_is_the_level_of_the_first_rounds():
     (first, _) = draw_drift(lines(reference=False), early=3, title="").axes
     assert labels(first) == ["turn 1", "turn 2", "first rounds"]

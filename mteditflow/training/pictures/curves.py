@@ -15,10 +15,16 @@ from mteditflow.evaluation.figures import (
     AMBER,
     BAD,
     BLUE,
+    BROWN,
     FAINT,
     GOOD,
+    INK,
+    LIME,
+    PINK,
     PURPLE,
+    SLATE,
     SOFT,
+    TEAL,
     house_style,
     legend_below,
     titled_figure,
@@ -39,7 +45,12 @@ BY_TURN = {
     "overall": "Overall: all turns so far, percent",
     "marginal": "Marginal: this turn alone, percent",
 }
-PHASES = (BLUE, GOOD, AMBER, PURPLE, BAD, "#0e7490")
+PHASES = (BLUE, GOOD, AMBER, PURPLE, BAD, TEAL, PINK, LIME, BROWN, SLATE)
+NUMBERS = {  # further numbers of a round, a panel each
+    "training/grad_norm": ("Gradient norm before clipping", INK),
+    "training/kl": ("KL to the reference", PURPLE),
+    "training/old_kl": ("KL to the policy that sampled", TEAL),
+}
 WINDOW, WINDOWS = 8, 12  # rounds of the bold mean: at least WINDOW, 1/WINDOWS of a long run
 
 # Layout: sizes in inches, lines and marks in points.
@@ -65,14 +76,16 @@ Panel = Callable[[Any], None]
 def draw_curves(
     metrics: Sequence[Mapping[str, float]], evaluations: Sequence[Evaluation], *, title: str
 ) -> Figure:
-    """Draw the curves of a run in up to six panels; a panel without data is omitted.
+    """Draw the curves of a run in up to nine panels; a panel without data is omitted.
 
     The panels are: rewards per term, raw and as a moving mean; IF, Marginal, CC and Overall of
     held-out chains at the last turn over rounds, with 95% intervals; Overall by turn and Marginal
-    by turn, first evaluation against the last; share of invalid rewards; seconds by phase.
+    by turn, first evaluation against the last; norm of the gradient, KL to the reference and KL to
+    the policy that sampled, raw and as a moving mean; share of invalid rewards; seconds by phase.
 
     Args:
-        metrics: ``RunLog.metrics``: "round", "reward/<term>", "invalid_share", "seconds/<phase>".
+        metrics: ``RunLog.metrics``: "round", "reward/<term>", "training/grad_norm", "training/kl",
+            "training/old_kl", "invalid_share", "seconds/<phase>".
         evaluations: evaluations of the same chains, in the order of their rounds.
         title: title of the figure.
 
@@ -125,6 +138,10 @@ def _panels(
         panels.append(partial(_draw_held_out, evaluations=evaluations))
         shown = [name for name in BY_TURN if name in evaluations[0].metrics]
         panels += [partial(_draw_turns, evaluations=evaluations, name=name) for name in shown]
+    measured = {name for line in metrics for name, x in line.items() if math.isfinite(x)}
+    panels += [
+        partial(_draw_number, metrics=metrics, name=name) for name in NUMBERS if name in measured
+    ]
     if INVALID in names:
         panels.append(partial(_draw_invalid, metrics=metrics))
     if phases:
@@ -135,20 +152,42 @@ def _panels(
 def _draw_rewards(
     axes: Any, *, metrics: Sequence[Mapping[str, float]], names: Sequence[str]
 ) -> None:
-    rounds, window = _column(metrics, ROUND), max(WINDOW, len(metrics) // WINDOWS)
     every: list[float] = []
     for i, name in enumerate(names):
         values, term = _column(metrics, name), name.removeprefix(REWARD)
-        color = color_of(term, i)
         every += [x for x in values if math.isfinite(x)]
-        axes.plot(rounds, values, color=color, **RAW)
-        single = MARKED if len(rounds) == 1 else LINE  # a line of one point is invisible
-        axes.plot(rounds, smooth(values, window), color=color, label=term, **single)
+        _draw_smoothed(axes, metrics, values, color_of(term, i), term)
     _over_rounds(axes, "Rewards in training")
-    axes.set_xlabel(f"round (bold: mean of the last {window})")
+    axes.set_xlabel(f"round (bold: mean of the last {_window(metrics)})")
     if every and min(every) >= 0 and max(every) <= 1:
         axes.set_ylim(*UNIT)
     legend_below(axes)
+
+
+def _draw_number(axes: Any, *, metrics: Sequence[Mapping[str, float]], name: str) -> None:
+    title, color = NUMBERS[name]
+    _draw_smoothed(axes, metrics, _column(metrics, name), color, name)
+    _over_rounds(axes, title)
+    axes.set_xlabel(f"round (bold: mean of the last {_window(metrics)})")
+    legend_below(axes)
+
+
+def _draw_smoothed(
+    axes: Any,
+    metrics: Sequence[Mapping[str, float]],
+    values: Sequence[float],
+    color: str,
+    label: str,
+) -> None:
+    """Draw a number of each round, pale, and its moving mean, bold."""
+    rounds = _column(metrics, ROUND)
+    axes.plot(rounds, values, color=color, **RAW)
+    single = MARKED if len(rounds) == 1 else LINE  # a line of one point is invisible
+    axes.plot(rounds, smooth(values, _window(metrics)), color=color, label=label, **single)
+
+
+def _window(metrics: Sequence[Mapping[str, float]]) -> int:
+    return max(WINDOW, len(metrics) // WINDOWS)
 
 
 def _draw_held_out(axes: Any, *, evaluations: Sequence[Evaluation]) -> None:

@@ -15,11 +15,15 @@ from mteditflow.evaluation.figures import (
     AMBER,
     BAD,
     BLUE,
+    BROWN,
     FAINT,
     GOOD,
     INK,
+    LIME,
+    PINK,
     PURPLE,
     SOFT,
+    TEAL,
     house_style,
     titled_figure,
 )
@@ -27,7 +31,15 @@ from mteditflow.training.metrics_file import ROUND
 from mteditflow.training.pictures.histograms import PANEL_TITLE
 
 COLUMN, TURN, REFERENCE = "drift/", "/turn_", "/reference"
-TURN_COLORS = (BLUE, GOOD, PURPLE, AMBER)
+SHARES = (
+    "brightness",
+    "saturation",
+    "edge_density",
+    "high_frequency_share",
+    "change_outside_edits",
+)
+LARGEST = dict.fromkeys(SHARES, 1.0)  # ends of the ranges; all begin at 0
+TURN_COLORS = (BLUE, GOOD, PURPLE, AMBER, TEAL, PINK, LIME, BROWN)
 
 # Layout: sizes in inches, lines and marks in points.
 COLUMNS, PANEL_WIDTH, LEAST_WIDTH, PANEL_HEIGHT, TITLE_HEIGHT, ROUND_TICKS = (
@@ -39,7 +51,8 @@ COLUMNS, PANEL_WIDTH, LEAST_WIDTH, PANEL_HEIGHT, TITLE_HEIGHT, ROUND_TICKS = (
     6,
 )
 LINE = {"linewidth": 1.6}
-LEVEL = {"color": SOFT, "linestyle": "--", "linewidth": 1.1}
+REFERENCE_LINE = {"color": SOFT, "linestyle": "--", "linewidth": 1.1}
+FIRST_ROUNDS = {"color": INK, "linestyle": ":", "linewidth": 1.3}
 BAND = {"color": FAINT, "alpha": 0.45, "linewidth": 0}
 LEGEND = {
     "loc": "outside lower center",
@@ -62,8 +75,8 @@ def draw_drift(
     """Draw each statistic over rounds, with one line per turn and a baseline.
 
     The dashed baseline is the value of each round's reference images; without references it is the
-    median of the last turn over the first rounds. The shaded band is that of the last turn. Alarms
-    are marked.
+    median of the last turn over the first rounds, dotted. The shaded band is that of the last turn,
+    cut to the range of the statistic. Alarms are marked.
 
     Args:
         metrics: ``RunLog.metrics``: "round", "drift/<statistic>/turn_<n>", and
@@ -120,16 +133,18 @@ def _draw(
     rounds, last = _column(metrics, ROUND), names[-1]
     references = _column(metrics, f"{COLUMN}{statistic}{REFERENCE}")
     if watch is not None and last in watch.bands:
-        low, high = zip(*(watch.band_around(last, x) for x in references), strict=True)
+        bands = [watch.band_around(last, x) for x in references]
+        low = [max(band.low, 0.0) for band in bands]  # no statistic of pictures is negative
+        high = [min(band.high, LARGEST.get(statistic, math.inf)) for band in bands]
         axes.fill_between(rounds, low, high, label=f"band of turn {_turn(last)}", **BAND)
     for i, name in enumerate(names):
         color = TURN_COLORS[i % len(TURN_COLORS)]
         values, label = _column(metrics, f"{COLUMN}{name}"), f"turn {_turn(name)}"
         axes.plot(rounds, values, color=color, label=label, **LINE)
     if any(map(math.isfinite, references)):
-        axes.plot(rounds, references, label="reference", **LEVEL)
+        axes.plot(rounds, references, label="reference", **REFERENCE_LINE)
     elif known := [x for x in _column(metrics, f"{COLUMN}{last}")[:early] if math.isfinite(x)]:
-        axes.axhline(median(known), label="first rounds", **LEVEL)
+        axes.axhline(median(known), label="first rounds", **FIRST_ROUNDS)
     marks = [x for x in alarms if x["statistic"] in names]
     if marks:
         places = ([x[field] for x in marks] for field in ("round", "value"))

@@ -18,14 +18,17 @@ from mteditflow.evaluation.figures import (
     FAINT,
     GOOD,
     INK,
+    LIME,
+    PINK,
     PURPLE,
     SOFT,
+    TEAL,
     house_style,
     titled_figure,
 )
 
 COLORS = {"following": BLUE, "consistency": AMBER}
-SPARE = (GOOD, PURPLE, SOFT)  # colors of other terms
+SPARE = (GOOD, PURPLE, SOFT, TEAL, PINK, LIME)  # colors of other terms
 
 # Layout: sizes in inches, lines and marks in points.
 PANEL_TITLE = {"loc": "left", "fontsize": 11}
