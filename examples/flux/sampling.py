@@ -281,10 +281,12 @@ def _raise_together(run: Run, waiting: Sequence[Future[Value]]) -> None:
     faults = [x for x in (future.exception() for future in waiting) if isinstance(x, ScorerError)]
     said = [*f"{faults[0]}\n".encode()] if faults else []
     (told,), _ = gather_ranks(torch.tensor(said, dtype=torch.uint8, device=run.device))
-    if faults:
-        raise faults[0]
-    if len(told):
-        raise ScorerError(told.cpu().numpy().tobytes().decode().splitlines()[0])
+    if not len(told):
+        return
+    text = told.cpu().numpy().tobytes().decode().splitlines()[0]
+    fault = faults[0] if faults else ScorerError(text)  # its own has the traceback as its cause
+    fault.everywhere = True
+    raise fault
 
 
 def gather(run: Run, scores: Scores, group: Tensor) -> tuple[Scores, Tensor, slice]:

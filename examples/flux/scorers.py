@@ -45,7 +45,13 @@ PROGRAM_ENDS = (Exception, SystemExit)  # a custom scorer must not end the progr
 
 
 class ScorerError(ValueError):
-    """A scorer raises, or returns invalid scores."""
+    """A scorer raises, or returns invalid scores.
+
+    Attributes:
+        everywhere: whether every rank raises it, so that collective calls may follow.
+    """
+
+    everywhere = False
 
 
 class Scorer(Protocol):

@@ -225,6 +225,7 @@ def saved_on_exit(run: Run) -> Iterator[None]:
         record_stopped(run)
         save_if_new(run)
         raise
-    except ScorerError:  # on every rank alike
-        save_if_new(run)
+    except ScorerError as error:
+        if error.everywhere:  # saving is collective
+            save_if_new(run)
         raise

@@ -182,6 +182,7 @@ def test_a_scorer_that_raises_on_one_rank_ends_all_of_them(world, tmp_path, monk
     with started(world, tmp_path) as run_:
         with pytest.raises(ScorerError, match=r"^rewards.scorer: \u00e9$"):
             await_all(run_, [good, bad], "rewards")
+        assert bad.exception().everywhere  # so that all may save
         assert await_all(run_, [good], "rewards") == [{}]
         other = torch.tensor([*"on rank 1: \u00e9\n".encode()], dtype=torch.uint8)
         ranks = {torch.uint8: lambda own: torch.cat([own, other])}
