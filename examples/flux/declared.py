@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mteditflow.evaluation import TurnScorer
-from mteditflow.evaluation.evaluation import CONSISTENCY, FOLLOWING
+from mteditflow.evaluation.evaluation import FOLLOWING
 from mteditflow.rewards import Scale
 
 from .config import IDENTITY, Config, ConfigError
@@ -82,7 +82,7 @@ def check_terms(config: Config) -> None:
                 f"rewards.weights.{name}: expected 0, {declared}, got {weight:g}; give {fix}, or "
                 "correct the name"
             )
-    if rewards.floor is not None and CONSISTENCY not in terms:
+    if rewards.floor is not None and "consistency" not in terms:
         raise ConfigError(f"rewards.floor: expected None, {declared}, got {rewards.floor:g}")
     for name in config.gate.auxiliary:
         if name not in terms:
