@@ -33,6 +33,7 @@ def train(run: Run) -> None:
         carry_over,
         log_rewards,
         record,
+        refuse_flat_rewards,
         refuse_unsound_rewards,
         show_chains,
     )
@@ -80,6 +81,7 @@ def train(run: Run) -> None:
                 config.rewards, filled.rewards, signals, weights, state.history
             )
             run.numbers["groups/unfused"] = unfused
+            refuse_flat_rewards(run, filled.rewards, advantage, valid)
             advantage, valid = advantage[own], valid[own]
             if config.rewards.regions:  # credit tokens: each reward counts in its own region
                 parts = reward_advantages(

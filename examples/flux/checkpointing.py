@@ -113,6 +113,7 @@ def save(run: Run, *, evaluated: bool = False) -> None:
             "teacher": state.teacher,
             "updates": state.updates,
             "skipped": state.skipped,
+            "flat": state.flat,
             "optimizer": values,
             "config": dumped(run.config),
             "changes": run.changes,
@@ -176,7 +177,7 @@ def _load(run: Run, found: Checkpoint) -> None:
         state.history = RewardHistory.from_state(state.history.rounds, kept["history"])
     if state.depth is not None and kept.get("depth") is not None:
         state.depth = state.depth.resumed(*kept["depth"])
-    state.turns = kept.get("turns", 0)
+    state.turns, state.flat = kept.get("turns", 0), kept.get("flat", 0)
     if kept.get("teacher") is not None:
         state.teacher = [SessionCounts(*counts) for counts in kept["teacher"]]
     state.done, state.updates, state.skipped = found.round, kept["updates"], kept["skipped"]

@@ -445,6 +445,9 @@ class Safety:
     """Rounds in the moving average that collapse_drop compares."""
     max_skipped: Count = 5
     """Stop after this many updates in a row are skipped because of non-finite losses."""
+    max_flat: Count | None = 10
+    """Stop after this many rounds in a row whose rewards train nothing, since they are equal within
+    each group or missing; a run of such rounds alone fails at its end. None: never."""
     drift_members: Natural = 4
     """Trajectories of each group whose images are measured for drift (sharpness, colors, edges,
     variety); alarms affect neither training nor the run. 0: none."""

@@ -25,6 +25,7 @@ from mteditflow.rewards.command_line import check_source
 from mteditflow.training import Checkpoint
 
 from .config import Config, ConfigError, DistillationConfig, Model
+from .declared import check_terms
 from .held_out import HeldOut
 from .loading import (
     Notes,
@@ -78,6 +79,7 @@ def check(config: Config) -> None:
         ValueError: a URL does not end in /v1, or the output folder is a file.
     """
     check_services(config.rewards)
+    check_terms(config)
     check_trackers(config.output)
     for part in ("", "checkpoints", "evaluations", "pictures"):
         require_folder("output.folder", config.output.folder / part)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from mteditflow import Signal
 from mteditflow.chains import ChainError, InformativeSampler
+from mteditflow.rewards import InvalidRewardsError
 from mteditflow.training import (
     Bar,
     RewardCollapseError,
@@ -24,8 +26,9 @@ from mteditflow.training import (
 from .config import IDENTITY, flat
 from .gating import UNCERTAINTY
 from .rewards import scale_of
-from .run import Run
+from .run import FlatRewardsError, Run
 
+FLAT_WARNED = 3  # rounds in a row whose rewards train nothing, after which the log warns
 DRIFT = "drift/outside_band"  # number of statistics outside their bands
 CHANGE = "chains/change"  # mean absolute pixel change of identity turns, 0 to 255
 
@@ -76,8 +79,12 @@ def refuse_unsound_rewards(run: Run, rewards: RoundRewards) -> None:
         InvalidRewardsError: more than ``rewards.max_invalid`` of the trajectories lack a reward.
         RewardCollapseError: a reward fell below its best by ``safety.collapse_drop``.
     """
-    for name in rewards.names:
-        rewards.terms[name].require(max_invalid_share=run.config.rewards.max_invalid)
+    name = ""
+    try:
+        for name in rewards.names:
+            rewards.terms[name].require(max_invalid_share=run.config.rewards.max_invalid)
+    except InvalidRewardsError as error:
+        raise InvalidRewardsError(f"rewards.max_invalid: {name}: {error}") from error
     before = run.watch.state_dict()
     try:
         run.watch.check(rewards.means)
@@ -123,18 +130,96 @@ def carry_over(
         state.depth = state.depth.update(change)
 
 
+def refuse_flat_rewards(run: Run, rewards: RoundRewards, advantage: Tensor, valid: Tensor) -> None:
+    """Count rounds in a row whose rewards train nothing; warn after some, and raise after more.
+
+    Args:
+        run: the run.
+        rewards: rewards that the advantages are of.
+        advantage: advantage of each turn over all ranks, [B, N].
+        valid: turns to train on, boolean [B, N].
+
+    Raises:
+        FlatRewardsError: ``safety.max_flat`` rounds in a row trained nothing.
+    """
+    state, most = run.state, run.config.safety.max_flat
+    if bool((advantage[valid] != 0).any()):
+        state.flat = 0
+        return
+    count, run.flat_rewards = state.flat + 1, _flat_rewards(rewards)
+    if most is not None and count >= most:  # state.flat stays: a resumed run repeats this round
+        raise FlatRewardsError(f"safety.max_flat: {_untrained(count)}: {run.flat_rewards}")
+    state.flat = count
+    if count == FLAT_WARNED:
+        end = "" if most is None else f"; after {most} the run stops (safety.max_flat)"
+        run.log.warning(f"round {state.done + 1}: {_untrained(count)}: {run.flat_rewards}{end}")
+
+
+def _untrained(count: int) -> str:
+    rounds = "the last round" if count == 1 else f"{count} rounds in a row"
+    return f"expected rewards that differ within a group, got none in {rounds}"
+
+
+def _flat_rewards(rewards: RoundRewards) -> str:
+    """Return the reason why rewards train nothing, and where to look, in one line."""
+    facts = []
+    for name in rewards.names:
+        terms, spreads = rewards.terms[name], rewards.spreads(name).values()
+        if rewards.reward(name).measured.any():
+            spread = f"standard deviation in groups at most {max(spreads, default=0.0):.3g}"
+            facts.append(f"{name}: mean {rewards.means[name]:.3g}, {spread}")
+        else:
+            missing = f"{terms.unmeasured_share:.0%} NaN, {terms.invalid_share:.0%} lost"
+            facts.append(f"{name}: no score in {len(terms)} trajectories ({missing})")
+    return (
+        f"{'; '.join(facts)}. Does the scorer tell the members of a group apart? Look at the "
+        "pictures, and at score/..., groups/... and lost/... in metrics.jsonl. NaN means nothing "
+        "to measure, Lost that there was no answer"
+    )
+
+
+def refuse_untrained(run: Run) -> None:
+    """Raise at the end of a run if the rewards of none of its rounds trained anything.
+
+    Raises:
+        FlatRewardsError: no round did, and ``safety.max_flat`` is not None.
+    """
+    state = run.state
+    if run.config.safety.max_flat is not None and 0 < state.done == state.flat:
+        facts = f": {run.flat_rewards}" if run.flat_rewards else ""
+        raise FlatRewardsError(
+            f"safety.max_flat: {_untrained(state.flat)}, all of this run, which took "
+            f"{state.updates} optimizer steps{facts}"
+        )
+
+
 def record(run: Run, bar: Bar) -> None:
     """Write the metrics of the finished round: means over its updates, and all other numbers."""
+    numbers = _write_line(run, run.state.done)
+    rewards = [name for name in run.config.rewards.weights if f"reward/{name}" in numbers]
+    bar.note(", ".join(f"{name} {numbers[f'reward/{name}']:.2f}" for name in rewards))
+
+
+def record_stopped(run: Run) -> None:
+    """Write the metrics of the round that the run stops in; a resumed run repeats and rewrites it.
+
+    A full disk is ignored, so that it does not hide the reason of the stop.
+    """
+    with suppress(OSError):
+        _write_line(run, run.state.done + 1)
+
+
+def _write_line(run: Run, number: int) -> dict[str, float]:
+    """Write the numbers of a round to ``metrics.jsonl`` and the trackers, and return them."""
     for name in dict.fromkeys(name for means in run.means for name in means):
         values = [means[name] for means in run.means if name in means]
         run.numbers[f"training/{name}"] = sum(values) / len(values)
     run.numbers["training/skipped_updates"] = run.state.skipped
     if run.state.reset is not None:
         run.numbers["training/reference_resets"] = run.state.resets
-    numbers = run.log.record(run.state.done, run.numbers)
-    run.accelerator.log(numbers, step=run.state.done)
-    rewards = [name for name in run.config.rewards.weights if f"reward/{name}" in numbers]
-    bar.note(", ".join(f"{name} {numbers[f'reward/{name}']:.2f}" for name in rewards))
+    numbers = run.log.record(number, run.numbers)
+    run.accelerator.log(numbers, step=number)
+    return numbers
 
 
 def show_chains(
@@ -173,13 +258,20 @@ def pictures_due(run: Run) -> bool:
 
 
 def draw(run: Run, name: str, figure: Figure) -> None:
-    """Write a figure to the run's folder, and log it to the trackers."""
+    """Write a figure to the run's folder, and log it to the trackers.
+
+    A picture that cannot be written, as on a full disk, is a warning: it must not cost the round.
+    """
     from mteditflow.training.pictures import log_pictures, write_picture
 
     number, folder = run.state.done + 1, run.config.output.folder / "pictures"
-    with run.log.stopwatch.phase("drawing"):
-        write_picture(figure, folder / f"round-{number:06d}-{name}.png")
-        log_pictures(run.accelerator.trackers, {name: figure}, step=number)
+    try:
+        with run.log.stopwatch.phase("drawing"):
+            write_picture(figure, folder / f"round-{number:06d}-{name}.png")
+            log_pictures(run.accelerator.trackers, {name: figure}, step=number)
+    except OSError as error:
+        with suppress(OSError):  # the log's disk may be full, too; the terminal shows the line
+            run.log.warning(f"round {number}: the picture {name} is not written: {error}")
 
 
 def summarize(run: Run) -> None:

@@ -38,13 +38,8 @@ from mteditflow.rewards.command_line import QUESTION, read_secret, require_reach
 from mteditflow.training import Aggregation, RoundRewards
 
 from .config import CONSECUTIVE, ConfigError, Rewards
-from .scorers import (
-    CheckedScorer,
-    consistency_terms,
-    declared_scale,
-    named_scorer,
-    require_regions,
-)
+from .declared import consistency_terms, declared_scale, declared_terms
+from .scorers import CheckedScorer, named_scorer, require_regions
 
 
 class Submit:
@@ -219,11 +214,13 @@ def own_scorer(config: Rewards, path: str) -> CheckedScorer:
     """Return an instance of a custom scorer whose results are checked.
 
     Raises:
-        ConfigError: the scorer does not exist, or its scale is not the configured one.
+        ConfigError: the scorer does not exist, its scale is not the configured one, or its terms
+            are no names.
         ScorerError: its constructor raises.
     """
     judge = JudgedBy(scorer=path, terms=consistency_terms(path))
-    return CheckedScorer(path, scale_of(config), judge.consistency_range)
+    scale, terms = scale_of(config), declared_terms(path)
+    return CheckedScorer(path, scale, judge.consistency_range, terms)
 
 
 def scale_of(config: Rewards) -> Scale:

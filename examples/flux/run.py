@@ -38,11 +38,18 @@ from .few_steps import Sibling
 from .held_out import HeldOut
 from .rewards import Submit
 
+EMPTY = "training/empty_updates"  # updates without a row to compute
+FLAT = "training/flat_updates"  # updates whose gradient is exactly 0
+UNTAKEN = (EMPTY, FLAT)  # numbers of updates of a round that made no optimizer step
 GATED = "gated"  # metric of an update: share of its units whose trajectory is gated
 
 
 class Stopped(Exception):  # noqa: N818, since it is no error
     """The run received a signal to stop; its weights are those of the last complete round."""
+
+
+class FlatRewardsError(RuntimeError):
+    """Too many rounds in a row whose rewards trained nothing."""
 
 
 @dataclass
@@ -51,8 +58,9 @@ class State:
 
     Attributes:
         done: completed rounds.
-        updates: optimizer steps taken.
+        updates: optimizer steps taken, each of which changed the weights.
         skipped: optimizer steps skipped in a row because of non-finite losses.
+        flat: rounds in a row without a trajectory of higher or lower reward than its group.
         floor: Lagrange multiplier of consistency; None without ``rewards.floor``.
         kl: adapted coefficient of the KL to the reference; None without ``training.kl_target``.
         history: rewards of earlier rounds of each chain; None without ``rewards.history``.
@@ -67,6 +75,7 @@ class State:
     done: int = 0
     updates: int = 0
     skipped: int = 0
+    flat: int = 0
     floor: LagrangeMultiplier | None = None
     kl: AdaptiveKL | None = None
     history: RewardHistory | None = None
@@ -99,6 +108,7 @@ class Run:
         means: mean metrics of each update of the round.
         batches: rest of the sampler's current epoch, as lists of indices.
         absent: rewards whose absence from a round has been logged.
+        flat_rewards: why the rewards of the last such round trained nothing; "": none did not.
         drift: drift detector; None without ``safety.drift_members``.
         alarms: drift alarms so far, each with "round", "statistic", "value", "low", "high" and
             "picture".
@@ -134,6 +144,7 @@ class Run:
     means: list[dict[str, float]] = field(default_factory=list)
     batches: Iterator[list[int]] = field(default_factory=lambda: iter(()))
     absent: set[str] = field(default_factory=set)
+    flat_rewards: str = ""
     drift: DriftWatch | None = None
     alarms: list[dict[str, Any]] = field(default_factory=list)
     changes: list[dict[str, Any]] = field(default_factory=list)
@@ -202,7 +213,7 @@ class Run:
         # Weight decay as well: a restored optimizer has that of its checkpoint.
         for group in self.optimizer.param_groups:
             group.update(lr=rate, weight_decay=training.weight_decay)
-        self.means, self.numbers = [], {"training/learning_rate": rate, "training/empty_updates": 0}
+        self.means, self.numbers = [], {"training/learning_rate": rate, **dict.fromkeys(UNTAKEN, 0)}
         if self.config.growth.first is not None:
             self._begin_turns()
 
@@ -215,16 +226,19 @@ class Run:
             self.log.message(f"round {self.state.done + 1}: {self.turns} turns, {before} before")
 
     def count(self, update: Update) -> None:
-        """Count one optimizer step, and update the averaged policy if due.
+        """Count one update, and update the averaged policy if due.
 
         Raises:
             FloatingPointError: ``safety.max_skipped`` updates in a row were skipped.
         """
         training, state = self.config.training, self.state
         if update.outcome == "empty":
-            self.numbers["training/empty_updates"] += 1
+            self.numbers[EMPTY] += 1
             return
         self.means.append({**update.means, "grad_norm": update.grad_norm})
+        if update.outcome == "flat":
+            self.numbers[FLAT] += 1
+            return
         if update.outcome == "skipped":
             state.skipped += 1
             self.log.warning(f"round {state.done + 1}: an update was skipped, {update.reason}")

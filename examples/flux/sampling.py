@@ -24,6 +24,7 @@ from mteditflow.training import gather_scores
 from .config import IDENTITY
 from .few_steps import sampling_call
 from .run import Run
+from .scorers import ScorerError
 
 POLL = 1.0  # seconds between checks for a signal while waiting for scores
 
@@ -253,6 +254,7 @@ def await_all(run: Run, waiting: Sequence[Future[Value]], name: str) -> list[Val
 
     Raises:
         Stopped: a signal arrived while waiting.
+        ScorerError: a scorer failed on some rank.
     """
     with (
         run.log.stopwatch.phase("scoring"),
@@ -266,7 +268,25 @@ def await_all(run: Run, waiting: Sequence[Future[Value]], name: str) -> list[Val
             (lefts,), _ = gather_ranks(torch.tensor([len(left)], device=run.device))
             unfinished = bool(lefts.any())
             run.stop_if_requested()
+    _raise_together(run, waiting)
     return [future.result() for future in waiting]
+
+
+def _raise_together(run: Run, waiting: Sequence[Future[Value]]) -> None:
+    """Raise the error of a scorer on every rank, so that all can save; a collective call.
+
+    Raises:
+        ScorerError: a scorer failed on some rank.
+    """
+    faults = [x for x in (future.exception() for future in waiting) if isinstance(x, ScorerError)]
+    said = [*f"{faults[0]}\n".encode()] if faults else []
+    (told,), _ = gather_ranks(torch.tensor(said, dtype=torch.uint8, device=run.device))
+    if not len(told):
+        return
+    text = told.cpu().numpy().tobytes().decode().splitlines()[0]
+    fault = faults[0] if faults else ScorerError(text)  # its own has the traceback as its cause
+    fault.everywhere = True
+    raise fault
 
 
 def gather(run: Run, scores: Scores, group: Tensor) -> tuple[Scores, Tensor, slice]:

@@ -41,12 +41,17 @@ from mteditflow.rewards import Scale, TurnScores
 
 from .config import ConfigError
 
-TERMS = (None, "features", "l1")
 PROGRAM_ENDS = (Exception, SystemExit)  # a custom scorer must not end the program by sys.exit
 
 
 class ScorerError(ValueError):
-    """A scorer raises, or returns invalid scores."""
+    """A scorer raises, or returns invalid scores.
+
+    Attributes:
+        everywhere: whether every rank raises it, so that collective calls may follow.
+    """
+
+    everywhere = False
 
 
 class Scorer(Protocol):
@@ -57,6 +62,10 @@ class Scorer(Protocol):
     threshold of success is checked against it before models are loaded. "consistency", and its
     parts "object" and "background", are in [0, 1], or cosines in [-1, 1] if the class has
     ``consistency_terms = "features"``.
+
+    A class may declare the names of its scores as the class attribute ``terms``. Weights of other
+    names are then refused before models are loaded, and other scores when they are returned. A
+    ``mteditflow.evaluation.TurnScorer`` has to declare them.
 
     A class that can locate edits may have the static method ``edited_pixels(chain, reference)``,
     which returns the pixels that each turn of a chain may change, boolean [N, H, W]. The trainer
@@ -123,36 +132,6 @@ def make_scorer(path: str) -> Scorer:
         ) from error
 
 
-def declared_scale(path: str) -> Scale | None:
-    """Return the class attribute ``scale`` of a scorer; None if it has none.
-
-    Raises:
-        ConfigError: the class does not exist, or the attribute is no ``Scale``.
-    """
-    scale = getattr(named_scorer(path), "scale", None)
-    if scale is not None and not isinstance(scale, Scale):
-        raise ConfigError(
-            f"rewards.scorer: expected the scale of {path} to be a mteditflow.rewards.Scale, such "
-            f"as BINARY or LIKERT, got {scale!r}"
-        )
-    return scale
-
-
-def consistency_terms(path: str) -> str | None:
-    """Return the class attribute ``consistency_terms`` of a scorer; None if it has none.
-
-    Raises:
-        ConfigError: the class does not exist, or the attribute is not in ``TERMS``.
-    """
-    terms = getattr(named_scorer(path), "consistency_terms", None)
-    if terms not in TERMS:
-        raise ConfigError(
-            f"rewards.scorer: expected consistency_terms of {path} to be one of {list(TERMS)}, "
-            f"got {terms!r}"
-        )
-    return terms
-
-
 class RegionScorer(Scorer, Protocol):
     """Scorer that also locates its rewards in the image, for ``--rewards.regions``."""
 
@@ -211,10 +190,17 @@ class CheckedScorer:
         path: import path of the scorer's class, also used in messages.
         scale: scale of "following".
         bounds: range of consistency, as returned by ``JudgedBy.consistency_range``.
+        terms: names of the scores; None: any, with "following" among them.
     """
 
-    def __init__(self, path: str, scale: Scale, bounds: tuple[float, float]) -> None:
-        self._path, self._scale, self._bounds = path, scale, bounds
+    def __init__(
+        self,
+        path: str,
+        scale: Scale,
+        bounds: tuple[float, float],
+        terms: Sequence[str] | None = None,
+    ) -> None:
+        self._path, self._scale, self._bounds, self._terms = path, scale, bounds, terms
         self._scorer = make_scorer(path)
 
     async def score(
@@ -280,12 +266,17 @@ class CheckedScorer:
 
         Raises:
             TypeError: ``found`` is no dictionary of ``TurnScores``.
-            ValueError: "following" is missing, turns differ, or a score is outside its scale.
+            ValueError: "following" is missing, names are not those of ``terms``, turns differ, or a
+                score is outside its scale.
         """
         if not isinstance(found, Mapping):
             raise TypeError(f"scores: expected a dictionary of TurnScores, got {_kind(found)}")
         if FOLLOWING not in found:
             raise ValueError(f"scores: expected {FOLLOWING!r} among them, got {list(found)}")
+        if self._terms is not None and set(found) != set(self._terms):
+            raise ValueError(
+                f"scores: expected those of its terms, {list(self._terms)}, got {list(found)}"
+            )
         count = torch.tensor(turns, device="cpu")
         expected = torch.arange(max(turns), device="cpu") < count[:, None]
         for name, scores in found.items():

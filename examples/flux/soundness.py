@@ -329,6 +329,7 @@ def _ignored(config: Config, base: Config) -> Iterator[str]:
         unread["rewards", name] = (reads_judge, "there is no rewards.scorer")
     for name in ("share", "minimum", "maximum", "window"):
         unread["gate", name] = (bool(config.gate.auxiliary), "gate.auxiliary is given")
+    unread["safety", "max_flat"] = (learns, "the objective learns from rewards")
     unread["safety", "drift_members"] = (learns, "the objective learns from rewards")
     for name in ("drift_rounds", "drift_width"):
         watched = learns and safety.drift_members > 0

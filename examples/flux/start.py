@@ -34,21 +34,16 @@ from .few_steps import load_sampler, refuse_sharded
 from .inputs import Inputs, check, read_inputs, refusing_together
 from .loading import load_policies
 from .optimizer import check_optimizer, make_optimizer
-from .reporting import summarize
+from .reporting import record_stopped, refuse_untrained, summarize
 from .rewards import Submit, scoring
-from .run import Run, State, Stopped
+from .run import FlatRewardsError, Run, State, Stopped
 from .scorers import ScorerError
 from .sharding import sharding, without_engine
 from .trackers import places, start_trackers
 
 BAD_INPUT = (ConfigError, ChainError, ScorerError)
-ENDS = (
-    InvalidRewardsError,
-    ReplayError,
-    RewardCollapseError,
-    FloatingPointError,
-    OSError,
-)
+STOPS = (InvalidRewardsError, RewardCollapseError, FlatRewardsError, FloatingPointError)
+ENDS = (*STOPS, ReplayError, OSError)
 
 
 def build(
@@ -190,6 +185,7 @@ def _run(train: Callable[[Run], None], load: Callable[[], Run], log: RunLog) -> 
         with saved_on_exit(run):
             train(run)
             summarize(run)
+        refuse_untrained(run)
     except (*BAD_INPUT, *ENDS) as error:
         with suppress(OSError):  # the log's disk may be full; the terminal shows the line anyway
             log.message(f"error: {error}")
@@ -226,6 +222,11 @@ def saved_on_exit(run: Run) -> Iterator[None]:
         save_if_new(run)
         run.log.message(f"stopped by {signal} after round {run.state.done}; start again to resume")
         raise
-    except (InvalidRewardsError, RewardCollapseError, FloatingPointError):
+    except STOPS:
+        record_stopped(run)
         save_if_new(run)
+        raise
+    except ScorerError as error:
+        if error.everywhere:  # saving is collective
+            save_if_new(run)
         raise

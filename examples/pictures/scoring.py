@@ -64,7 +64,7 @@ class ExactRewards:
     ``consecutive`` and ``strict`` in [0, 1], and ``wear``, lower is better. No score is ever lost.
     """
 
-    scale = LIKERT
+    scale, terms = LIKERT, TERMS
 
     def __init__(self) -> None:
         self._truths: dict[str, Truth] = {}

@@ -41,7 +41,7 @@ class ExactRewards:
     picture is right, else 0. No score is ever lost.
     """
 
-    scale = LIKERT
+    scale, terms = LIKERT, tuple(TERMS)
 
     def __init__(self) -> None:
         self._chains: dict[str, Chain] = {}
@@ -247,7 +247,7 @@ class GarishJudge(ExactRewards):
     """
 
     pull = 100.0
-    scale = Scale(-100, 105, success=5)
+    scale, terms = Scale(-100, 105, success=5), (*TERMS, "honest")
 
     def _look(self, names: Sequence[str], edited: Tensor, truth: Truth) -> dict[str, Tensor]:
         terms = super()._look(names, edited, truth)

@@ -24,14 +24,9 @@ if TYPE_CHECKING:
     from mteditflow.evaluation.preference import PickScore, Preference
     from mteditflow.evaluation.provenance import JudgedBy, MadeBy, Provenance
     from mteditflow.evaluation.report import Report, report_of
-    from mteditflow.evaluation.scorers import (
-        EditedTurn,
-        EditRewardScorer,
-        EditScoreScorer,
-        PickScoreScorer,
-        TurnScorer,
-    )
+    from mteditflow.evaluation.scorers import EditRewardScorer, EditScoreScorer, PickScoreScorer
     from mteditflow.evaluation.text_scorer import TextScorer
+    from mteditflow.evaluation.turn_scorer import EditedTurn, TurnScorer
 else:
     __getattr__, __dir__ = lazy(
         __name__,
@@ -40,7 +35,7 @@ else:
             "Comparison": ".comparison",
             "EditRewardScorer": ".scorers",
             "EditScoreScorer": ".scorers",
-            "EditedTurn": ".scorers",
+            "EditedTurn": ".turn_scorer",
             "Evaluation": ".evaluation",
             "JudgedBy": ".provenance",
             "MadeBy": ".provenance",
@@ -51,7 +46,7 @@ else:
             "RapidOcr": ".ocr",
             "Report": ".report",
             "TextScorer": ".text_scorer",
-            "TurnScorer": ".scorers",
+            "TurnScorer": ".turn_scorer",
             "compare": ".comparison",
             "destroyed_below": ".long_chains",
             "draw_report": ".figures",

@@ -8,20 +8,16 @@ score is lost with its reason. A model's package is imported only when it is nee
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import anyio.to_thread
 import torch
 from PIL import Image
 from torch import Tensor
 
 from mteditflow._checks import check_count
-from mteditflow.chains import Chain
-from mteditflow.rewards import Fault, Lost, Scale, TurnScores
-from mteditflow.rewards.judge.judge import check_images, turn_scores
+from mteditflow.evaluation.turn_scorer import EditedTurn, Marks, TurnScorer
+from mteditflow.rewards import Fault, Lost, Scale
 
 if TYPE_CHECKING:
     from mteditflow.evaluation.preference import PreferenceModel
@@ -35,99 +31,6 @@ EDIT_SCORE = {  # term to the key of EditScore's answer and the upper end of the
 }
 # Errors of EditScore on an answer that it cannot parse; others, such as out of memory, propagate.
 FAILURES = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-
-Marks = Mapping[str, float] | Lost  # scores of a turn by term, or the reason why they are lost
-
-
-class EditedTurn(NamedTuple):
-    """A turn to score.
-
-    Attributes:
-        before: input image of the turn.
-        after: edited image of the turn.
-        instruction: text of the instruction.
-        chain: record of its chain.
-        turn: index in the chain, from 0.
-    """
-
-    before: Image.Image
-    after: Image.Image
-    instruction: str
-    chain: Chain
-    turn: int
-
-
-class TurnScorer(ABC):
-    """Base of scorers of single turns: a subclass defines ``terms`` and ``score_turns``.
-
-    Calls run in a worker thread, one at a time, so that a model need not be thread-safe.
-
-    Attributes:
-        terms: names of the scores.
-
-    Example:
-        >>> class Growth(TurnScorer):
-        ...     terms = ("following",)
-        ...     scale = Scale(0, 1, success=1)
-        ...     def score_turns(self, turns):
-        ...         return [{"following": float(x.after.width > x.before.width)} for x in turns]
-        >>> chain = Chain(id="7", image="7.png", instructions=("Enlarge it",))
-        >>> images = [[Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))]]
-        >>> import anyio
-        >>> anyio.run(Growth().score, [chain], images)["following"].score
-        tensor([[1.]])
-    """
-
-    terms: tuple[str, ...]
-
-    def __init__(self) -> None:
-        self._lock = Lock()
-
-    @abstractmethod
-    def score_turns(self, turns: Sequence[EditedTurn]) -> list[Marks]:
-        """Return for each turn a score of every term (NaN: nothing to measure), or ``Lost``."""
-
-    async def score(
-        self, chains: Sequence[Chain], images: Sequence[Sequence[Image.Image]]
-    ) -> dict[str, TurnScores]:
-        """Score every turn of B chains.
-
-        Args:
-            chains: B chains with their instructions.
-            images: for each chain N + 1 images: the reference, then the result of each turn.
-
-        Returns:
-            Scores by term, each [B, N], float32, with N turns of the longest chain.
-
-        Raises:
-            ValueError: there is no chain, or its images are too few, too many or unreadable.
-            TypeError: one of them is not a PIL image.
-        """
-        shown = await anyio.to_thread.run_sync(check_images, chains, images)
-        turns = [
-            EditedTurn(own[n], own[n + 1], chain.instructions[n], chain, n)
-            for chain, own in zip(chains, shown, strict=True)
-            for n in range(chain.turns)
-        ]
-        marks = iter(await anyio.to_thread.run_sync(self._one_at_a_time, turns))
-        by_chain = [[next(marks) for _ in range(chain.turns)] for chain in chains]
-        return {
-            term: turn_scores(
-                chains,
-                [
-                    [
-                        (range(n, n + 1), x if isinstance(x, Lost) else (x[term],))
-                        for n, x in enumerate(own)
-                    ]
-                    for own in by_chain
-                ],
-            )
-            for term in self.terms
-        }
-
-    def _one_at_a_time(self, turns: Sequence[EditedTurn]) -> list[Marks]:
-        with self._lock:
-            return self.score_turns(turns)
 
 
 class EditRewardModel(Protocol):

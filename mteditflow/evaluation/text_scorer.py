@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mteditflow.chains import Chain
-from mteditflow.evaluation.scorers import EditedTurn, Marks, TurnScorer, require_method
+from mteditflow.evaluation.scorers import require_method
+from mteditflow.evaluation.turn_scorer import EditedTurn, Marks, TurnScorer
 from mteditflow.planner import edits, parse_formatted
 from mteditflow.rewards import Scale
 

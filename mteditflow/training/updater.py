@@ -21,15 +21,16 @@ class Update:
     """Result of an update.
 
     Attributes:
-        outcome: "taken"; "empty" if there was nothing to train on; or "skipped" if a loss or
-            gradient was not finite.
+        outcome: "taken"; "empty" if there was nothing to train on; "flat" if the gradient was
+            exactly 0; or "skipped" if a loss or gradient was not finite. Only a taken update steps
+            the optimizer, and so changes weights.
         grad_norm: norm of the gradient over all ranks before clipping; NaN if the update is empty.
         means: mean of each metric over the computed units of all ranks, and "loss", the mean over
             all valid units.
         reason: reason for which the update was skipped; otherwise empty.
     """
 
-    outcome: Literal["taken", "empty", "skipped"]
+    outcome: Literal["taken", "empty", "flat", "skipped"]
     grad_norm: float
     means: Mapping[str, float]
     reason: str = ""
@@ -40,7 +41,9 @@ class Updater:
 
     The gradient is that of :math:`\sum_u l_u / \sum_{ranks} count` over the units u of all ranks,
     independent of the sizes of micro-batches and of the number of ranks. Memory is that of one
-    micro-batch. An update with a loss or gradient that is not finite is skipped on all ranks.
+    micro-batch. An update with a loss or gradient that is not finite is skipped on all ranks. One
+    without a gradient makes no optimizer step either: momentum and weight decay would move the
+    weights by nothing that was learned.
 
     Args:
         optimizer: optimizer of ``parameters``.
@@ -152,6 +155,9 @@ class Updater:
         if broken:
             self._optimizer.zero_grad(set_to_none=True)
             return Update("skipped", float(norm), means, f"not finite: {' and '.join(broken)}")
+        if float(norm) == 0:
+            self._optimizer.zero_grad(set_to_none=True)
+            return Update("flat", 0.0, means)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return Update("taken", float(norm), means)

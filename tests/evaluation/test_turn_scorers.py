@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import anyio
+import numpy as np
 import pytest
 import torch
 from mteditflow_examples.flux.config import Rewards
@@ -23,7 +24,7 @@ from mteditflow.evaluation import (
     TurnScorer,
 )
 from mteditflow.evaluation.text_scorer import read_share, wanted_text
-from mteditflow.rewards import Fault
+from mteditflow.rewards import Fault, Lost
 from tests.loops import some
 from tests.tiny_pick_score import write_pick_score
 
@@ -254,11 +255,81 @@ def test_the_page_shows_a_scorer_of_ones_own_that_runs(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     name = re.search(r"--rewards\.scorer own_page_scorer:(\w+)", section)[1]
     path = f"own_page_scorer:{name}"
-    found = scored(own_scorer(Rewards(scorer=path), path))
+    scorer = own_scorer(Rewards(scorer=path), path)
+    found = scored(scorer)
+    tiny = [[IMAGES[0][0], Image.new("RGB", (4, 9)), IMAGES[0][2]]]
+    lost = scored(scorer, CHAINS[:1], tiny)["following"]
     sys.modules.pop("own_page_scorer")
+    ((place, reason),) = lost.lost.items()
+    assert (place, str(reason)) == (
+        (0, 0),
+        "answer makes no sense after 1 attempt: a picture of (4, 9) pixels",
+    )
     # Asked to be red: red 0, green 255 of lime; then a hat and blur, which it does not measure.
     assert found["following"].score.nan_to_num(-1).tolist() == [[0.0, -1.0], [-1.0, -1.0]]
     assert found["following"].unmeasured.tolist() == [[False, True], [True, False]]
+
+
+class Fixed(TurnScorer):
+    """Returns what it is given."""
+
+    terms = ("following", "style")
+
+    def __init__(self, returned):
+        super().__init__()
+        self.returned = returned
+
+    def score_turns(self, turns):
+        return self.returned
+
+
+GOOD = {"following": 1, "style": 0.5}
+REASON = Lost(Fault.timeout, "no answer", 2)
+
+
+def test_a_term_of_a_turn_may_be_lost_alone():
+    found = scored(Fixed([GOOD | {"style": REASON}, REASON, GOOD | {"following": math.nan}]))
+    assert found["following"].lost == {(0, 1): REASON}
+    assert found["style"].lost == {(0, 0): REASON, (0, 1): REASON}
+    assert found["following"].score.nan_to_num(-1).tolist() == [[1, -1], [-1, -1]]
+    assert found["following"].unmeasured.tolist() == [[False, False], [True, False]]
+    assert float(found["style"].score[1, 0]) == 0.5
+
+
+def test_numbers_of_any_kind_are_scores():
+    kinds = [torch.tensor(0.5), np.float32(0.5), np.array(0.5)]
+    found = scored(Fixed([{"following": x, "style": True} for x in kinds]))
+    assert [float(found["following"].score[x]) for x in PLACES] == [0.5] * 3
+    assert [float(found["style"].score[x]) for x in PLACES] == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        ([GOOD], ValueError, ": expected 3 entries, one for each turn, got 1"),
+        ([GOOD] * 4, ValueError, ": expected 3 entries, one for each turn, got 4"),
+        (None, TypeError, ": expected a list with one entry for each turn, got NoneType None"),
+        ([GOOD, 0.5, GOOD], TypeError, "[1]: expected a dictionary or Lost, got float 0.5"),
+        (
+            [GOOD, GOOD, {"following": 1}],
+            ValueError,
+            "[2]: expected the terms ['following', 'style'], as Fixed declares, got ['following']",
+        ),
+        ([GOOD | {"bonus": 1}] * 3, ValueError, "got ['following', 'style', 'bonus']"),
+        (
+            [GOOD | {"style": "high"}] * 3,
+            TypeError,
+            "[0]['style']: expected a number, NaN (nothing to measure) or Lost (no answer), got st",
+        ),
+        ([GOOD | {"style": None}] * 3, TypeError, "or Lost (no answer), got NoneType None"),
+        ([GOOD | {"style": torch.ones(2)}] * 3, TypeError, "(no answer), got Tensor tensor([1., "),
+        ([GOOD | {"following": math.inf}] * 3, ValueError, "['following']: expected a number, NaN"),
+    ],
+)
+def test_what_score_turns_returns_is_checked_by_name(returned, error, message):
+    with pytest.raises(error, match=re.escape(message)) as found:
+        scored(Fixed(returned))
+    assert str(found.value).startswith("Fixed.score_turns")
 
 
 def test_a_scorer_that_scores_nothing_is_refused_before_a_run():

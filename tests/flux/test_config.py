@@ -429,6 +429,7 @@ OF_REWARDS = {
     "data.extra-groups": "2",
     "gate.auxiliary": "honest",
     "safety.drift-members": "2",
+    "safety.max-flat": "3",
 }
 
 
@@ -478,7 +479,7 @@ def test_every_field_that_may_be_ignored_is_tested():
     )  # fmt: skip
     safety = dataclasses.replace(
         base.safety, ratio="warn", ratio_share=0.5, collapse_drop=1.0, collapse_window=3,
-        drift_members=0, drift_rounds=9, drift_width=9.0,
+        drift_members=0, drift_rounds=9, drift_width=9.0, max_flat=3,
     )  # fmt: skip
     training = dataclasses.replace(
         base.training, ema_every=3, schedule="constant", final_rate=0.5, reset_kl=0.1

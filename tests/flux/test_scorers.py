@@ -1,6 +1,7 @@
 """Scorers of the user's own: what is wrong with one is a line that names it; its version."""
 
 import asyncio
+import dataclasses
 import re
 import sys
 from typing import ClassVar
@@ -8,13 +9,16 @@ from typing import ClassVar
 import anyio
 import pytest
 import torch
-from mteditflow_examples.flux.config import ConfigError, Rewards
+from mteditflow_examples.flux.config import Config, ConfigError, Gate, Rewards
+from mteditflow_examples.flux.declared import check_terms
 from mteditflow_examples.flux.rewards import judged_by, own_scorer
 from mteditflow_examples.flux.scorers import ScorerError, named_scorer
 from PIL import Image
 
 from mteditflow.chains import Chain
+from mteditflow.evaluation import TurnScorer
 from mteditflow.evaluation.code_version import code_version
+from mteditflow.objectives import Distillation
 from mteditflow.rewards import BINARY, TurnScores
 
 HERE = __name__
@@ -58,6 +62,30 @@ class OfConsistencyAlone(Good):
 class OfPercent(Good):
     consistent = TurnScores(torch.full((2, 2), 85.0), torch.ones(2, 2) > 0, {})
     returned: ClassVar = {"following": scores(2), "consistency": consistent}
+
+
+class Declaring(Good):
+    terms = ("following", "consistency")
+
+
+class Undeclaring(Good):
+    terms = ("following",)
+    returned: ClassVar = {"following": scores(2), "bonus": scores(2)}
+
+
+class OfLetters(Good):
+    terms = "following"
+
+
+class WithoutFollowing(Good):
+    terms = ("consistency",)
+
+
+class Undeclared(TurnScorer):
+    scale = BINARY
+
+    def score_turns(self, turns):
+        return []
 
 
 class Raising(Good):
@@ -131,6 +159,8 @@ def test_what_cannot_score_is_refused_before_anything_is_loaded(name, message):
         ("OfTurnsTooMany", "expected scores [2, 2] with the turns [2, 2] of each chain, got [2, 5"),
         ("OfAList", "expected a dictionary of TurnScores, got list [1]"),
         ("OfTensors", "following: expected TurnScores(score, turn_mask, lost), got Tensor"),
+        ("Declaring", "expected those of its terms, ['following', 'consistency'], got ['following"),
+        ("Undeclaring", "expected those of its terms, ['following'], got ['following', 'bonus']"),
         ("OfConsistencyAlone", "expected 'following' among them, got ['consistency']"),
         ("OfPercent", "consistency: expected scores in 0..1, got 85"),
         ("Raising", "to score 2 chains, got RuntimeError: boom (test_scorers.py, line "),
@@ -144,6 +174,45 @@ def test_what_a_scorer_returns_is_checked(name, message):
     with pytest.raises(ScorerError, match=re.escape(message)) as found:
         anyio.run(scorer.score, CHAINS, IMAGES)
     assert f"{HERE}:{name}" in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["OfLetters", "WithoutFollowing", "Undeclared"])
+def test_terms_are_names_with_following_and_a_scorer_of_turns_has_them(name):
+    message = f"expected terms of {HERE}:{name} to be the names of its scores, 'following' among"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        own_scorer(Rewards(), f"{HERE}:{name}")
+
+
+@pytest.mark.parametrize(
+    ("rewards", "gate", "message"),
+    [
+        ({}, (), None),
+        ({"weights": {"following": 1.0, "consistensy": 0.0, "identity": 1.0}}, (), None),
+        (
+            {"weights": {"following": 1.0, "consistensy": 0.5}},
+            (),
+            "rewards.weights.consistensy: expected 0, since {} declares the terms ['following', "
+            "'consistency'], got 0.5; give --rewards.weights.consistensy 0, or correct the name",
+        ),
+        ({}, ("style",), "gate.auxiliary: expected its names, since {} declares the terms"),
+    ],
+)
+def test_rewards_that_a_scorer_does_not_declare_are_refused_at_the_start(rewards, gate, message):
+    path = f"{HERE}:Declaring"
+    config = Config(rewards=Rewards(scorer=path, **rewards), gate=Gate(auxiliary=gate))
+    if message is None:
+        check_terms(config)
+        return
+    with pytest.raises(ConfigError, match=re.escape(message.format(path))):
+        check_terms(config)
+    check_terms(dataclasses.replace(config, objective=Distillation()))  # which reads no rewards
+    check_terms(dataclasses.replace(config, rewards=Rewards(scorer=f"{HERE}:Good", **rewards)))
+
+
+def test_a_floor_needs_a_declared_consistency():
+    rewards = Rewards(scorer=f"{HERE}:Undeclaring", weights={"following": 1.0}, floor=0.9)
+    with pytest.raises(ConfigError, match=r"rewards.floor: expected None, since .*, got 0.9"):
+        check_terms(Config(rewards=rewards))
 
 
 def test_a_scorer_is_cancelled_where_its_caller_is():

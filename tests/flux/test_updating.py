@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import math
-import sys
 
 import pytest
 import torch
@@ -13,11 +11,10 @@ from peft.tuners.lora import LoraLayer
 
 from mteditflow import AdaptiveKL
 from mteditflow.objectives import OBJECTIVES
-from mteditflow.rewards import LIKERT, Fault, Lost, TurnScores
 from mteditflow.training import Updater
 from tests.flux.rounds import ForwardRows, first_round, started, turn_values
 from tests.flux.test_train_flux import Recording
-from tests.flux.worlds import options, weights
+from tests.flux.worlds import weights
 from tests.loops import some
 from tests.samples_of_scores import turn_scores
 
@@ -104,6 +101,7 @@ def test_where_every_group_is_flat_nothing_is_computed(world, tmp_path):
         seen, rows = taken(first, run_)
         assert (seen, rows.trained, rows.others) == ([], 0, 0)
         assert run_.numbers["training/empty_updates"] == 2
+        assert run_.numbers["training/flat_updates"] == 0
         assert (run_.state.updates, run_.state.skipped, run_.means) == (0, 0, [])
 
 
@@ -118,81 +116,17 @@ def test_where_a_pull_acts_flat_groups_are_computed(world, tmp_path):
         assert run_.numbers["training/empty_updates"] == 0
 
 
-# flat rounds
-
-ROUNDS = 3  # of two updates; more would end a run with max-skipped 1, if they counted as skipped
-
-
-class Flat:
-    """Scores every turn alike."""
-
-    lost, scale = False, LIKERT
-
-    async def score(self, chains, images):
-        mask = torch.ones(len(chains), chains[0].turns, dtype=torch.bool)
-        score = torch.full(mask.shape, 3.0)
-        lost = {}
-        if self.lost:
-            lost = {
-                tuple(at): Lost(Fault.timeout, "no answer", 1) for at in mask.nonzero().tolist()
-            }
-            score = torch.full(mask.shape, math.nan)
-        same = TurnScores(torch.full(mask.shape, 0.5), mask, {})
-        return {
-            "following": TurnScores(score, mask, lost),
-            "consistency": same,
-            "strict": same,
-        }
-
-
-class Lossy(Flat):
-    """Loses every score."""
-
-    lost = True
-
-
-def program(world, output, monkeypatch, *more, objective):
-    """Run the trainer as a user starts it, but in this process; its exit code."""
-    given = options(world, output, "--data.held-out", "None", *more, objective=objective)
-    monkeypatch.setattr(sys, "argv", ["train_flux.py", *given])
-    try:
-        train_flux.main()
-    except SystemExit as ended:
-        return ended.code
-    return 0
-
-
-@pytest.mark.parametrize(
-    ("objective", "more"),
-    [
-        ("grpo", NO_KL),
-        ("nft", ("objective:dpo", "--objective.dpo-beta", 10)),
-        ("nft", ("--rewards.groups", "informative")),
-    ],
-)
-def test_flat_rounds_make_no_update_and_never_end_a_run(
-    world, tmp_path, objective, more, monkeypatch
-):
-    more = (*more, "--training.rounds", ROUNDS, "--rewards.scorer", f"{__name__}:Flat")
-    more += ("--safety.max-skipped", 1, "--data.groups", 2, "--data.group-size", 2)
-    assert program(world, tmp_path, monkeypatch, *more, objective=objective) == 0
-    lines = lines_of(tmp_path)
-    assert [line["training/empty_updates"] for line in lines] == [2] * ROUNDS
-    assert [line["training/skipped_updates"] for line in lines] == [0] * ROUNDS
-    assert not any({"training/loss", "training/grad_norm"} & line.keys() for line in some(lines))
-    state = json.loads(
-        (tmp_path / "checkpoints" / f"round-{ROUNDS:06d}" / "state.json").read_text()
-    )
-    assert (state["updates"], state["skipped"]) == (0, 0)
-    moved = [x for name, x in weights(tmp_path, done=ROUNDS).items() if "lora_B" in name]
-    assert moved
-    assert not any(x.any() for x in some(moved))  # as they began
-
-
-def test_lost_rewards_end_a_run(world, tmp_path, monkeypatch):
-    more = (*NO_KL, "--rewards.scorer", f"{__name__}:Lossy", "--data.groups", 2)
-    assert program(world, tmp_path, monkeypatch, *more, objective="grpo") == 1
-    assert "100% of 8 rewards are invalid" in (tmp_path / "log.txt").read_text()
+def test_a_pull_that_pulls_nowhere_is_a_flat_update(world, tmp_path):
+    """At the reference the KL has no gradient: rows are computed, and no step is taken."""
+    with started(world, tmp_path, *GRPO, "--objective.kl-coef", 0.1, objective="grpo") as run_:
+        first = first_round(run_)
+        first = first.given(advantage=torch.zeros_like(first.advantage))
+        seen, rows = taken(first, run_)
+        assert (seen, rows.trained) == ([], 64)
+        assert run_.numbers["training/flat_updates"] == 2
+        assert run_.numbers["training/empty_updates"] == 0
+        assert (run_.state.updates, run_.between) == (0, True)
+        assert [means["grad_norm"] for means in run_.means] == [0, 0]
 
 
 # epochs, and bounds on the KL

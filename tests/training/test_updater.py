@@ -133,6 +133,24 @@ def test_no_units_are_no_update_and_move_nothing():
     assert most_parts(units, 4) == 0
 
 
+def test_a_gradient_of_0_is_a_flat_update_and_moves_nothing():
+    """Decay and momentum of an earlier step would move the weights without a reason."""
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.5)
+    updater = Updater(optimizer, lambda: [weight], max_grad_norm=1.0)
+    updater.step([units_of([0])], lambda part: Output(weight * 1, {}), count=1)
+    moved, steps = weight.item(), optimizer.state[weight]["step"].item()
+    update = updater.step(
+        [units_of([0, 1])],
+        lambda part: Output(weight * 0 + torch.tensor([3.0, 5.0]), {"kl": torch.ones(2)}),
+        count=4,
+    )
+    assert (update.outcome, update.grad_norm, update.reason) == ("flat", 0.0, "")
+    assert dict(update.means) == {"loss": 8 / 4, "kl": 1.0}
+    assert (weight.item(), optimizer.state[weight]["step"].item()) == (moved, steps)
+    assert weight.grad is None
+
+
 @pytest.mark.parametrize(("count", "parts"), [(1, 1), (4, 1), (5, 2), (12, 3)])
 def test_parts_that_the_largest_rank_needs(count, parts):
     assert most_parts(units_of(range(count)), 4) == parts == len(units_of(range(count)).split(4))
