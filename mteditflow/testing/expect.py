@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mteditflow.testing.law import Returned, call, expect_close, fail, text
+from mteditflow.testing.law import call, expect_close, fail
+from mteditflow.testing.reports import Returned, other_shape, text
 
 Tensors = Mapping[str, Tensor]
 Case = Mapping[str, object]
@@ -23,7 +24,7 @@ def expect_tensor(result: object, shape: torch.Size | tuple[int, ...], case: Cas
     if result.is_complex():
         fail(case, "a tensor of real numbers", Returned("complex numbers"))
     if result.shape != torch.Size(shape):
-        fail(case, expected, Returned(f"shape {list(result.shape)}"))
+        fail(case, expected, other_shape(result.shape, shape))
     return result
 
 
@@ -44,7 +45,7 @@ def expect_array(
     if array.is_complex():
         fail(case, f"an array of {of}", Returned("complex numbers"))
     if shape is not None and array.shape != shape:
-        fail(case, f"shape {list(shape)}", Returned(f"shape {list(array.shape)}"))
+        fail(case, f"shape {list(shape)}", other_shape(array.shape, shape))
     return array
 
 
@@ -99,6 +100,7 @@ def expect_zero_sums(advantage: Tensor, group: Tensor, case: Case, *, tolerance:
                 case,
                 f"advantages of group {name} that add up to 0",
                 f"{float(members.sum()):.6g}, of {text(members)}",
+                wrong=group == name,
             )
 
 
@@ -152,4 +154,4 @@ def expect_float32_result(
     same = (got.float() - expected).abs() <= allowed
     same |= got == expected.to(got.dtype)  # where it overflows in half precision
     if not bool(same.all()):
-        fail(case, expected, got)
+        fail(case, expected, got, wrong=~same)

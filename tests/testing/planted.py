@@ -151,6 +151,11 @@ def lost_keep_their_advantage(reward, group, valid=None):
     return in_groups(sound)(reward.nan_to_num(0, 0, 0).clamp(-99, 99), group)
 
 
+def stopped_by_lost_batches(reward, group, valid=None):
+    keep = torch.ones_like(reward, dtype=torch.bool) if valid is None else valid
+    return in_groups(sound)(reward - reward[keep].min(), group, valid)
+
+
 def mask_by_product(reward, group, valid=None):
     keep = torch.ones_like(reward) if valid is None else valid.to(reward)
     return in_groups(sound)(reward, group, valid) + 0 * (reward * keep)
@@ -315,6 +320,7 @@ ADVANTAGE = [
     ("groups must be neighbors", advantage(runs_of_equal_ids), "permutation"),
     ("a lost reward counts as 0", advantage(lost_as_zero), "mask-equals-deletion"),
     ("a lost reward is trained", advantage(lost_keep_their_advantage), "mask-equals-deletion"),
+    ("no valid member is an error", advantage(stopped_by_lost_batches), "mask-equals-deletion"),
     ("a mask by multiplication", advantage(mask_by_product), "invalid-never-read"),
     ("rewards in bfloat16", advantage(in_half), "float32-accuracy"),
     ("a constant in the default dtype", advantage(default_dtype), "default-dtype-and-device"),
@@ -502,6 +508,18 @@ def unmeasured_as_lost(rewards, weights, group, valid=None, measured=None):
     return fused(rewards, weights, group, valid)
 
 
+def fused_through_float32(rewards, weights, group, valid=None):
+    return fused(rewards, weights, group.float(), valid)
+
+
+def about_the_kept(rewards, weights, group, valid=None):
+    """Shifted by the mean of all valid rewards, which no valid reward has."""
+    valid = torch.ones_like(group, dtype=torch.bool) if valid is None else valid
+    kept = {name: torch.where(valid, x, 0) for name, x in rewards.items()}
+    shifted = {name: x - x[valid].mean() for name, x in kept.items()}
+    return fused(shifted, weights, group, valid) + 0 * sum(shifted.values())
+
+
 def centered(x):
     return x - x.mean()
 
@@ -522,6 +540,8 @@ FUSION = [
         "common-factor",
     ),
     ("a lost reward counts as 0", Fusion(lost_as_zero_everywhere), "mask-equals-deletion"),
+    ("NaN where all rewards are lost", Fusion(about_the_kept), "mask-equals-deletion"),
+    ("ids pass through float32", Fusion(fused_through_float32), "relabeled-groups"),
     ("nothing to measure counts as 0", Fusion(unmeasured_as_zero), "unmeasured"),
     ("nothing to measure counts as lost", Fusion(unmeasured_as_lost), "unmeasured"),
 ]
@@ -581,6 +601,21 @@ SELECTION = [
         "informative-groups-kept",
     ),
     ("groups must be neighbors", Selection(neighbors_alone), "permutation"),
+    (
+        "ids pass through float32",
+        Selection(lambda r, g, valid: informative(r, g.float(), valid)),
+        "relabeled-groups",
+    ),
+    (
+        "ids cut to int32",
+        Selection(lambda r, g, valid: informative(r, g.int(), valid)),
+        "relabeled-groups",
+    ),
+    (
+        "no valid member is an error",
+        Selection(lambda r, g, valid: informative(r, g, valid & (r >= r[valid].min()))),
+        "informative-groups-kept",
+    ),
     ("default dtype of counts", Selection(counted_in_default_dtype), "default-dtype-and-device"),
 ]
 
@@ -744,6 +779,11 @@ NFT_LOSS = [
 MATCHING = {"velocity": "latent", "target": "latent"}
 
 
+def mean_over_the_valid(velocity, target, valid):
+    rows = torch.where(valid[:, None], velocity - target.detach(), 0).square().flatten(1).mean(1)
+    return rows.sum() / valid.sum()
+
+
 def by_norm(velocity, target):
     difference = (velocity - target.detach()).double()
     norm = torch.linalg.vector_norm(difference.flatten(1), dim=1)
@@ -787,6 +827,11 @@ LOSS = [
     ("a latent one element short", Loss(one_element_short, MATCHING, ("velocity",)), "every-entry"),
     ("a detached prediction", Loss(nothing_trained, MATCHING, ("velocity",)), "second-derivatives"),
     ("a sum in half precision", Loss(summed_when_half, MATCHING, ("velocity",)), "half-precision"),
+    (
+        "0 / 0 where all rows are masked",
+        Loss(mean_over_the_valid, MATCHING, ("velocity",), "mean", "valid"),
+        "mask-equals-deletion",
+    ),
     (
         "a check that reads values",
         Loss(with_a_check_of_values, MATCHING, ("velocity",)),
