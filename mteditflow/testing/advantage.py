@@ -20,7 +20,12 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
-from mteditflow.testing.expect import expect_array, expect_float32_result, expect_zero_sums
+from mteditflow.testing.expect import (
+    expect_array,
+    expect_float32_result,
+    expect_no_half,
+    expect_zero_sums,
+)
 from mteditflow.testing.law import (
     Laws,
     call,
@@ -168,25 +173,29 @@ def _case(batch: RewardBatch, **more: object) -> Mapping[str, object]:
 )
 def pure(f: GroupAdvantage, data: DataObject) -> None:
     """Arguments and global state are left as they were, and a second call gives the same."""
-    batch = data.draw(f.batches())
-    reward, group = batch.reward.clone(), batch.group.clone()
+    lost = _needs_lost_alone(f) is None
+    batch = data.draw(f.batches(lost=lost))
+    given = batch._replace(**{name: x.clone() for name, x in batch._asdict().items()})
+    mask = given.valid if lost and not bool(batch.valid.all()) else None
     # Hypothesis seeds both with 0, so a function that does the same would leave the state equal.
     random.random()
     np.random.random()  # noqa: NPY002
     state = _global_state()
-    first = call(f.convention.call, _case(batch), f.function, reward, group, None)
+    first = call(f.convention.call, _case(batch), f.function, given.reward, given.group, mask)
     changed = [name for name, value in _global_state().items() if value != state[name]]
     if changed:
         fail(_case(batch), "global state as it was", f"another {', '.join(changed)}")
     first = f.advantages(first, _case(batch)).clone()
-    for name, before, after in (("reward", batch.reward, reward), ("group", batch.group, group)):
+    for name, before in batch._asdict().items():
+        after = getattr(given, name)
         if not torch.equal(before, after):
             fail(
                 _case(batch),
                 f"{name} unchanged, {text(before)}",
                 f"{name} changed in place to {text(after)}",
             )
-    expect_close(f(batch.reward, batch.group), first, _case(batch), tolerance=0.0)
+    again = f(batch.reward, batch.group, None if mask is None else batch.valid)
+    expect_close(again, first, _case(batch), tolerance=0.0)
 
 
 @ADVANTAGE.law(
@@ -299,7 +308,7 @@ def size(f: GroupAdvantage, data: DataObject) -> None:
     """Two members' advantages differ by the difference of their rewards over the std."""
     batch = data.draw(f.batches(min_members=max(2, f.min_members), constant=False))
     unit = data.draw(st.sampled_from([1.0, 2.0**-5, 2.0**-7]))  # small stds reveal a large eps
-    _check_size(f, batch._replace(reward=unit * batch.reward))
+    check_size(f, batch._replace(reward=unit * batch.reward))
 
 
 @ADVANTAGE.law(
@@ -320,7 +329,7 @@ def large_groups(f: GroupAdvantage, data: DataObject) -> None:
         reward[order], (torch.arange(len(reward), device="cpu") % groups)[order], order >= 0
     )
     _check_sum(f, batch)
-    _check_size(f, batch)
+    check_size(f, batch)
 
 
 @ADVANTAGE.law(
@@ -417,8 +426,10 @@ def float32_accuracy(f: GroupAdvantage, data: DataObject) -> None:
     # Averaged votes such as 4.25 and 4.26: distinct in float32, equal in bfloat16.
     batch = data.draw(f.batches(number=_votes))
     exact = f(batch.reward, batch.group)
-    got = f(batch.reward.float(), batch.group)
     case = _case(batch._replace(reward=batch.reward.float()))
+    result = call(f.convention.call, case, f.function, batch.reward.float(), batch.group, None)
+    expect_no_half(result, case)
+    got = f.advantages(result, case)
     spread = _spread(f, batch)
     assume(bool(((spread == 0) | (spread > 2e-3)).all()))
     informative = spread > 0
@@ -575,7 +586,8 @@ def _check_sum(f: GroupAdvantage, batch: RewardBatch) -> None:
     expect_zero_sums(advantage, batch.group, _case(batch), tolerance=f.tolerance)
 
 
-def _check_size(f: GroupAdvantage, batch: RewardBatch) -> None:
+def check_size(f: GroupAdvantage, batch: RewardBatch) -> None:
+    """Fail unless advantages of a group differ by the difference of their rewards over the std."""
     advantage, spread = f(batch.reward, batch.group).double(), _spread(f, batch)
     same = batch.group[:, None] == batch.group
     expected = (batch.reward[:, None] - batch.reward) / spread[:, None]

@@ -91,6 +91,26 @@ def gradients(
     }
 
 
+def expect_pure(function: Callable[[Tensors], Tensor], arguments: Tensors, case: Case) -> None:
+    """Fail unless a call leaves its arguments as they were, and a second one gives the same."""
+    given = {name: x.clone() for name, x in arguments.items()}
+    first = function(given).detach().clone()
+    for name, before in arguments.items():
+        if not torch.equal(given[name], before):
+            wrong = given[name] != before
+            got = f"{name} changed in place to {text(given[name])}"
+            fail(case, f"{name} unchanged, {text(before)}", got, wrong=wrong)
+    second = function({name: x.clone() for name, x in arguments.items()})
+    expect_close(second, first, case, tolerance=0.0)
+
+
+def expect_no_half(result: object, case: Case) -> None:
+    """Fail if a result of float32 or float64 arguments is in half precision."""
+    dtype = str(getattr(result, "dtype", "")).removeprefix("torch.")
+    if dtype in ("float16", "bfloat16"):
+        fail(case, "a result in the precision of the arguments", f"one in {dtype}")
+
+
 def expect_zero_sums(advantage: Tensor, group: Tensor, case: Case, *, tolerance: float) -> None:
     """Fail unless each group's advantages sum to 0, within ``tolerance * max(1, sum of |A|)``."""
     for name in dict.fromkeys(group.tolist()):

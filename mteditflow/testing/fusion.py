@@ -17,12 +17,26 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
-from mteditflow.testing.expect import expect_array, expect_zero_sums
-from mteditflow.testing.law import Laws, call, expect_close, fail
-from mteditflow.testing.options import Subject, check_choice
+from mteditflow.testing.advantage import GroupAdvantage, check_size
+from mteditflow.testing.expect import (
+    expect_array,
+    expect_no_half,
+    expect_pure,
+    expect_zero_sums,
+)
+from mteditflow.testing.law import (
+    Laws,
+    call,
+    expect_close,
+    expect_memory,
+    fail,
+    other_defaults,
+)
+from mteditflow.testing.options import Subject, check_choice, check_integer
 from mteditflow.testing.signatures import dense_ids, parameters
 from mteditflow.testing.strategies import (
     LOST,
+    RewardBatch,
     beside_others,
     far_ids,
     moderate_ids,
@@ -47,6 +61,7 @@ class Fusion(Subject):
         eps: upper bound of the constant that the function adds to a std.
         tolerance: relative difference that counts as rounding.
         std: divisor of advantages: std of the "group", or of the "batch" (all rewards).
+        ddof: 0 for the population's std, 1 for the sample's.
     """
 
     level: str = "advantage"
@@ -54,9 +69,11 @@ class Fusion(Subject):
     eps: float = 1e-3
     tolerance: float = 1e-3
     std: str = "group"
+    ddof: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_integer("ddof", self.ddof, low=0, high=1)
         check_choice("level", self.level, ("advantage", "reward"))
         check_choice("std", self.std, ("group", "batch"))
 
@@ -75,6 +92,7 @@ class Fusion(Subject):
         more = {} if measured is None else {"measured": measured}
         case |= {f"measured {name}": mask for name, mask in (measured or {}).items()}
         result = call(self.function, case, rewards, weights, group, valid=valid, **more)
+        expect_memory(result, case)
         return expect_array(result, group.shape, case)
 
     @cached_property
@@ -104,6 +122,25 @@ def _at_advantage_level(f: Fusion) -> str | None:
 
 def _case(rewards: Mapping[str, Tensor], **more: object) -> Mapping[str, object]:
     return {**rewards, **more}
+
+
+@FUSION.law(
+    why="Rewards and weights are logged and reused after the call.",
+)
+def pure(f: Fusion, data: DataObject) -> None:
+    """Rewards, weights, ids and masks are left as they were, and a second call gives the same."""
+    rewards, group, valid = data.draw(named_rewards(NAMES, far_ids=False))
+    weights = data.draw(WEIGHTS)
+    case = _case(rewards, weights=weights, group=group, valid=valid)
+
+    def fused(x: Mapping[str, Tensor]) -> Tensor:
+        given = dict(weights)
+        result = f({name: x[name] for name in NAMES}, given, x["group"], x["valid"])
+        if given != weights:
+            fail(case, f"weights unchanged, {weights}", f"weights changed in place to {given}")
+        return result
+
+    expect_pure(fused, {**rewards, "group": group, "valid": valid}, case)
 
 
 @FUSION.law(
@@ -225,6 +262,53 @@ def monotone(f: Fusion, data: DataObject) -> None:
 
 
 @FUSION.law(
+    why="The clip range and the learning rate are tuned for advantages of this size.",
+    options=("--std", "--ddof", "--eps"),
+)
+def size(f: Fusion, data: DataObject) -> None:
+    """With a single reward of weight 1, advantages differ by its difference over the std."""
+    rewards, group, valid = data.draw(
+        named_rewards(NAMES, far_ids=False, lost=False, constant=False, min_members=2)
+    )
+
+    def by_one(reward: Tensor, group: Tensor) -> Tensor:
+        return f({**rewards, "a": reward}, {"a": 1.0, "b": 0.0, "c": 0.0}, group)
+
+    alone = GroupAdvantage(by_one, "tensors", f.std, f.ddof, f.eps, tolerance=f.tolerance)
+    check_size(alone, RewardBatch(rewards["a"], group, valid))
+
+
+@FUSION.law(
+    why="Training code sets them to bfloat16 or to an accelerator; a tensor made inside without an "
+    "explicit dtype and device then loses digits or sits on the wrong device.",
+)
+def default_dtype_and_device(f: Fusion, data: DataObject) -> None:
+    """The default dtype and device of torch change nothing."""
+    rewards, group, _ = data.draw(named_rewards(NAMES, far_ids=False, lost=False))
+    weights = data.draw(WEIGHTS)
+    case, expected = _case(rewards, weights=weights, group=group), f(rewards, weights, group)
+    with other_defaults():
+        got = f(rewards, weights, group)
+    expect_close(got, expected, case, tolerance=f.tolerance)
+
+
+@FUSION.law(
+    why="A float16 or bfloat16 intermediate rounds rewards of 4.25 and 4.26 to one number.",
+)
+def float32_accuracy(f: Fusion, data: DataObject) -> None:
+    """Float32 rewards give the result of float64, and in no half precision."""
+    rewards, group, _ = data.draw(
+        named_rewards(NAMES, far_ids=False, lost=False, constant=False, min_members=2)
+    )
+    weights = {"a": 1.0, "b": 0.5, "c": 2.0}  # exact: sums that tie in float64 tie in float32
+    single = {name: x.float() for name, x in rewards.items()}
+    case = _case(single, weights=weights, group=group)
+    got, expected = f(single, weights, group), f(rewards, weights, group)
+    expect_no_half(got, case)
+    expect_close(got, expected, case, tolerance=max(f.tolerance, 1e-3))
+
+
+@FUSION.law(
     why="Only then is a weight the reward's share of the update.",
     skip=_at_advantage_level,
     options=("--level",),
@@ -331,6 +415,7 @@ def check_fusion(
     eps: float = 1e-3,
     tolerance: float = 1e-3,
     std: str = "group",
+    ddof: int = 0,
     **search: Any,
 ) -> None:
     """Check a fusion, called as ``function(rewards, weights, group, valid=valid)``.
@@ -343,6 +428,7 @@ def check_fusion(
         eps: upper bound of the constant that the function adds to a std.
         tolerance: relative difference that counts as rounding.
         std: divisor of advantages: std of the "group" or of the "batch".
+        ddof: 0 for the population's std, 1 for the sample's.
         **search: ``examples``, ``seed``, ``only``, ``without``, as in ``Laws.results``.
 
     Raises:
@@ -355,4 +441,4 @@ def check_fusion(
         >>> from mteditflow import fuse_advantages
         >>> check_fusion(fuse_advantages, examples=5)
     """
-    FUSION.check(Fusion(function, level, zero, eps, tolerance, std), **search)
+    FUSION.check(Fusion(function, level, zero, eps, tolerance, std, ddof), **search)

@@ -15,7 +15,13 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
-from mteditflow.testing.expect import Tensors, expect_float32_result, expect_tensor, gradients
+from mteditflow.testing.expect import (
+    Tensors,
+    expect_float32_result,
+    expect_pure,
+    expect_tensor,
+    gradients,
+)
 from mteditflow.testing.law import (
     Laws,
     call,
@@ -187,6 +193,21 @@ def constants(f: Loss, data: DataObject) -> None:
 
 
 @LOSS.law(
+    why="An advantage or a mask that changes in place is wrong in the next loss, and in the log.",
+)
+def pure(f: Loss, data: DataObject) -> None:
+    """The arguments are left as they were, and a second call gives the same."""
+    inputs = data.draw(f.draw())
+    lost = data.draw(st.integers(0, ROWS))
+    mask = {} if f.valid is None else {f.valid: torch.arange(ROWS, device="cpu") != lost}
+    expect_pure(
+        lambda x: f({k: x[k] for k in inputs}, x[f.valid] if f.valid else None),
+        {**inputs, **mask},
+        {**inputs, **mask},
+    )
+
+
+@LOSS.law(
     why="Micro-batches and ranks split the rows; statistics over the batch inside a loss change "
     "the gradient with the batch size.",
     skip=lambda f: None if f.reduction == "none" else "--reduction: the loss is a mean over rows",
@@ -198,6 +219,21 @@ def slice_equals_whole(f: Loss, data: DataObject) -> None:
     row = data.draw(st.integers(0, ROWS - 1))
     alone = f({name: x[row : row + 1] for name, x in inputs.items()})
     expect_close(f(inputs)[row : row + 1], alone, {**inputs, "row": row}, tolerance=f.tolerance)
+
+
+@LOSS.law(
+    why="Latents are [M, C, H, W] or [M, tokens, channels]; a mean over one axis, or a sum over "
+    "another, is right for flat latents alone.",
+    skip=lambda f: None if "latent" in f.inputs.values() else "the loss takes no latents",
+)
+def latent_shape(f: Loss, data: DataObject) -> None:
+    """Latents of another shape with the same elements are refused, or give the same loss."""
+    inputs, shape = data.draw(f.draw()), data.draw(st.permutations((1, *LATENT, 1)))
+    shaped = {
+        k: x.reshape(ROWS, *shape) if f.inputs[k] == "latent" else x for k, x in inputs.items()
+    }
+    if not refuses(f.function, **f.arguments(shaped)):
+        expect_close(f(shaped), f(inputs), shaped, tolerance=f.tolerance)
 
 
 @LOSS.law(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
-from mteditflow.testing.expect import expect_array
+from mteditflow.testing.expect import expect_array, expect_pure
 from mteditflow.testing.law import Laws, call, expect_memory, fail, other_defaults
 from mteditflow.testing.options import Subject
 from mteditflow.testing.signatures import dense_ids
@@ -53,6 +53,15 @@ SELECTION: Laws[Selection] = Laws(
 
 def _rows(batch: RewardBatch, **more: object) -> Mapping[str, object]:
     return {"reward": batch.reward, "group": batch.group, "valid": batch.valid, **more}
+
+
+@SELECTION.law(
+    why="Rewards and masks are reused for the advantages of the selected groups.",
+)
+def pure(f: Selection, data: DataObject) -> None:
+    """The arguments are left as they were, and a second call gives the same."""
+    batch = data.draw(reward_batches(number=signs, far_ids=False))
+    expect_pure(lambda x: f(**x), batch._asdict(), _rows(batch))
 
 
 @SELECTION.law(

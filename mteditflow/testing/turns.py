@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
-from mteditflow.testing.expect import expect_array
+from mteditflow.testing.expect import expect_array, expect_no_half, expect_pure
 from mteditflow.testing.law import (
     Laws,
     call,
@@ -132,6 +132,21 @@ TURNS: Laws[TurnFunction] = Laws("turns", TurnFunction)
 
 
 @TURNS.law(
+    why="Scores are logged and reused after the call, by another credit or for another reward.",
+)
+def pure(f: TurnFunction, data: DataObject) -> None:
+    """Scores and masks are left as they were, and a second call gives the same."""
+    batch = data.draw(f.batches())
+    case = f.case(batch)
+
+    def result(x: Mapping[str, Tensor]) -> Tensor:
+        found = call(f.function, case, x[f.argument], turn_mask=x["turn_mask"])
+        return expect_array(found, batch.score.shape[: f.axes], case)
+
+    expect_pure(result, {f.argument: batch.score, "turn_mask": batch.turn_mask}, case)
+
+
+@TURNS.law(
     why="A batch statistic inside an aggregator makes a reward depend on other prompts of the "
     "round.",
 )
@@ -173,6 +188,17 @@ def padding_equals_deletion(f: TurnFunction, data: DataObject) -> None:
         own = f(batch.score[chain : chain + 1, :length], exists)
         here = got[chain : chain + 1] if got.ndim == 1 else got[chain : chain + 1, :length]
         expect_close(here, own, f.case(batch), tolerance=f.tolerance)
+
+
+@TURNS.law(
+    why="A mean of 1/3 and one of 0.334 are equal in bfloat16: chains of different scores tie.",
+)
+def precision(f: TurnFunction, data: DataObject) -> None:
+    """Float64 scores give a result in no half precision."""
+    batch = data.draw(f.batches())
+    case = f.case(batch)
+    result = call(f.function, case, batch.score.clone(), turn_mask=batch.turn_mask.clone())
+    expect_no_half(result, case)
 
 
 @TURNS.law(

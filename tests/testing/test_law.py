@@ -284,7 +284,7 @@ def test_a_required_mask_is_always_passed_and_an_optional_one_where_it_says_some
         masks.append(valid)
         return numpy_advantage(reward, group, valid)
 
-    check_group_advantage(required, signature="numpy", only=["shift", "pure"], examples=3)
+    check_group_advantage(required, signature="numpy", only=["shift", "permutation"], examples=3)
     assert masks
     assert all(mask.all() for mask in some(masks))
 
