@@ -5,6 +5,7 @@ Source: MT-EditFlow (arXiv 2606.01985), Eq. 3, and common errors of implementati
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 from collections.abc import Callable, Mapping
@@ -19,7 +20,12 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
-from mteditflow.testing.expect import expect_array, expect_float32_result, expect_zero_sums
+from mteditflow.testing.expect import (
+    expect_array,
+    expect_float32_result,
+    expect_no_half,
+    expect_zero_sums,
+)
 from mteditflow.testing.law import (
     Laws,
     call,
@@ -28,16 +34,17 @@ from mteditflow.testing.law import (
     fail,
     other_defaults,
     refuses,
-    text,
 )
-from mteditflow.testing.options import Subject, check_choice, check_integer
-from mteditflow.testing.signatures import Call, Signature, dense_ids, signature_of
+from mteditflow.testing.options import NOT_DETACHED, Subject, check_choice, check_integer
+from mteditflow.testing.reports import text
+from mteditflow.testing.signatures import Call, Signature, dense_ids, misfit_of, signature_of
 from mteditflow.testing.strategies import (
     LOST,
     RewardBatch,
-    as_ids,
     beside_others,
-    group_ids,
+    far_ids,
+    moderate_ids,
+    named_anew,
     reward_batches,
     signs,
     tenths,
@@ -76,6 +83,12 @@ class GroupAdvantage(Subject):
     float32: bool = False
 
     def __post_init__(self) -> None:
+        tracker = inspect.isclass(self.function) and hasattr(self.function, "update")
+        if tracker and not self.takes_classes:
+            name = self.function.__name__
+            raise TypeError(
+                f"signature: expected flow-grpo for the class {name}, got {self.signature}"
+            )
         super().__post_init__()
         check_choice("std", self.std, STDS)
         check_integer("ddof", self.ddof, low=0, high=1)
@@ -86,6 +99,10 @@ class GroupAdvantage(Subject):
     def takes_classes(self) -> bool:
         """Whether a class is accepted: trackers are classes, and adapters may take one."""
         return self.signature == "flow-grpo" or not isinstance(self.signature, str)
+
+    def misfit(self) -> str | None:
+        """Return which signature fits the function if the stated one does not, or ``None``."""
+        return misfit_of(self.function, self.signature)
 
     @cached_property
     def convention(self) -> Signature:
@@ -120,7 +137,12 @@ ADVANTAGE: Laws[GroupAdvantage] = Laws(
 
 
 def _needs_lost(subject: GroupAdvantage) -> str | None:
-    return None if subject.convention.lost else "the signature has no lost rewards"
+    if subject.convention.lost:
+        return None
+    return (
+        "the signature has no lost rewards; a parameter `valid`, or a signature that has them, "
+        "has it checked"
+    )
 
 
 def _needs_tensors(subject: GroupAdvantage) -> str | None:
@@ -128,7 +150,7 @@ def _needs_tensors(subject: GroupAdvantage) -> str | None:
 
 
 def _needs_group_statistics(subject: GroupAdvantage) -> str | None:
-    return "std 'batch' needs all ranks' rewards" if subject.std == "batch" else None
+    return "--std batch: it needs all ranks' rewards" if subject.std == "batch" else None
 
 
 def _needs_lost_alone(subject: GroupAdvantage) -> str | None:
@@ -151,25 +173,29 @@ def _case(batch: RewardBatch, **more: object) -> Mapping[str, object]:
 )
 def pure(f: GroupAdvantage, data: DataObject) -> None:
     """Arguments and global state are left as they were, and a second call gives the same."""
-    batch = data.draw(f.batches())
-    reward, group = batch.reward.clone(), batch.group.clone()
+    lost = _needs_lost_alone(f) is None
+    batch = data.draw(f.batches(lost=lost))
+    given = batch._replace(**{name: x.clone() for name, x in batch._asdict().items()})
+    mask = given.valid if lost and not bool(batch.valid.all()) else None
     # Hypothesis seeds both with 0, so a function that does the same would leave the state equal.
     random.random()
     np.random.random()  # noqa: NPY002
     state = _global_state()
-    first = call(f.convention.call, _case(batch), f.function, reward, group, None)
+    first = call(f.convention.call, _case(batch), f.function, given.reward, given.group, mask)
     changed = [name for name, value in _global_state().items() if value != state[name]]
     if changed:
         fail(_case(batch), "global state as it was", f"another {', '.join(changed)}")
     first = f.advantages(first, _case(batch)).clone()
-    for name, before, after in (("reward", batch.reward, reward), ("group", batch.group, group)):
+    for name, before in batch._asdict().items():
+        after = getattr(given, name)
         if not torch.equal(before, after):
             fail(
                 _case(batch),
                 f"{name} unchanged, {text(before)}",
                 f"{name} changed in place to {text(after)}",
             )
-    expect_close(f(batch.reward, batch.group), first, _case(batch), tolerance=0.0)
+    again = f(batch.reward, batch.group, None if mask is None else batch.valid)
+    expect_close(again, first, _case(batch), tolerance=0.0)
 
 
 @ADVANTAGE.law(
@@ -182,54 +208,37 @@ def permutation(f: GroupAdvantage, data: DataObject) -> None:
     order = torch.tensor(
         data.draw(st.permutations(range(len(batch.reward)))), dtype=torch.int64, device="cpu"
     )
-    got = f(batch.reward[order], batch.group[order])
-    expected = f(batch.reward, batch.group)[order]
+    expected = f(batch.reward, batch.group)
+    got = torch.zeros_like(expected)
+    got[order] = f(batch.reward[order], batch.group[order]).to(got.dtype)
     expect_close(got, expected, _case(batch, order=order), tolerance=f.tolerance)
-
-
-def _moderate_ids(f: GroupAdvantage, data: DataObject) -> None:
-    """Check ids that no function needs much memory for, even one that counts up to the largest."""
-    dtype = data.draw(st.sampled_from(f.convention.ids))
-    limits = torch.iinfo(dtype)
-    ids = st.integers(max(limits.min, -3), 8)
-    ids |= st.integers(max(limits.min, -(10**5)), min(limits.max, 10**5))
-    _relabel(f, data, dtype, lambda n: st.lists(ids, min_size=n, max_size=n, unique=True))
 
 
 def _relabel(
     f: GroupAdvantage,
     data: DataObject,
-    dtype: torch.dtype,
-    ids: Callable[[int], st.SearchStrategy[list[int]]],
+    ids: Callable[[torch.dtype, int], st.SearchStrategy[list[int]]],
 ) -> None:
-    """Compare ids of a strategy, which ``ids`` returns for their number, with 0, 1, ..."""
+    """Compare ids of a strategy with 0, 1, ..."""
+    # Half of the ids are int64: it has those that merge in smaller dtypes.
+    dtypes = [x for dtype in f.convention.ids for x in (torch.int64, dtype)]
+    dtype = data.draw(st.sampled_from(dtypes if torch.int64 in dtypes[1::2] else dtypes[1::2]))
     batch = data.draw(f.batches(constant=False))
     dense = dense_ids(batch.group)
-    new = data.draw(ids(int(dense.max()) + 1))
-    relabeled = as_ids([new[i] for i in dense.tolist()], dtype)  # torch 2.6 indexes no uint16
+    relabeled = named_anew(dense, data.draw(ids(dtype, int(dense.max()) + 1)), dtype)
     expected = f(batch.reward, dense)
     got = f(batch.reward, relabeled)
     expect_close(got, expected, _case(batch._replace(group=relabeled)), tolerance=f.tolerance)
 
 
-# A function that uses ids as positions may end the process at an id of 2**63 - 1, as numpy's
-# bincount does. Moderate ids, which come first, find most such functions without.
 @ADVANTAGE.law(
     why="Ids are hashes or dataset indices; ids converted to float32, or used as positions, "
     "merge groups without an error.",
-    first=_moderate_ids,
+    first=lambda f, data: _relabel(f, data, moderate_ids),
 )
 def relabeled_groups(f: GroupAdvantage, data: DataObject) -> None:
     """Group ids are names: any other distinct integers give the same advantages."""
-    # Ids that agree in their low 16 or 32 bits catch truncation to a smaller dtype.
-    if torch.int64 in f.convention.ids and data.draw(st.integers(0, 3)) == 3:
-        # Neighbors beyond 2^24 are equal in float32.
-        start, stride = data.draw(st.sampled_from([(7, 2**16), (7, 2**32), (2**40, 1)]))
-        ids = [start + k * stride for k in range(3)]
-        _relabel(f, data, torch.int64, lambda count: st.just(ids[:count]))
-        return
-    dtype = data.draw(st.sampled_from(f.convention.ids))
-    _relabel(f, data, dtype, lambda n: group_ids(dtype=dtype, least=n, most=n))
+    _relabel(f, data, far_ids)
 
 
 @ADVANTAGE.law(
@@ -247,6 +256,7 @@ def shift(f: GroupAdvantage, data: DataObject) -> None:
 @ADVANTAGE.law(
     why="The unit of a reward must not set the size of the update; a division by the variance, or "
     "a clip of rewards, makes it do so.",
+    options=("--std", "--eps"),
 )
 def scale(f: GroupAdvantage, data: DataObject) -> None:
     """A positive factor on all rewards changes no advantage beyond eps."""
@@ -261,8 +271,9 @@ def scale(f: GroupAdvantage, data: DataObject) -> None:
     allowed = f.tolerance + f.eps / spread
     expected = torch.where(spread > 0, unit, 0 * unit)
     near = (got - expected).abs() <= allowed * expected.abs().clamp(min=1)
-    if not bool((near | (spread == 0)).all()):  # NaN is not near
-        fail(_case(batch, factor=factor), expected, got)
+    wrong = ~near & (spread != 0)  # NaN is not near
+    if bool(wrong.any()):
+        fail(_case(batch, factor=factor), expected, got, wrong=wrong)
 
 
 @ADVANTAGE.law(
@@ -278,7 +289,7 @@ def monotone(f: GroupAdvantage, data: DataObject) -> None:
     if bool(wrong.any()):
         first, second = wrong.nonzero()[0].tolist()
         expected = f"a larger advantage for entry {first} than for entry {second}"
-        fail(_case(batch), expected, advantage)
+        fail(_case(batch), expected, advantage, wrong=wrong.any(1))
 
 
 @ADVANTAGE.law(
@@ -291,18 +302,20 @@ def zero_sum(f: GroupAdvantage, data: DataObject) -> None:
 
 @ADVANTAGE.law(
     why="The clip range and the learning rate are tuned for advantages of this size.",
+    options=("--std", "--ddof", "--eps"),
 )
 def size(f: GroupAdvantage, data: DataObject) -> None:
     """Two members' advantages differ by the difference of their rewards over the std."""
     batch = data.draw(f.batches(min_members=max(2, f.min_members), constant=False))
     unit = data.draw(st.sampled_from([1.0, 2.0**-5, 2.0**-7]))  # small stds reveal a large eps
-    _check_size(f, batch._replace(reward=unit * batch.reward))
+    check_size(f, batch._replace(reward=unit * batch.reward))
 
 
 @ADVANTAGE.law(
     why="Real groups have 16 to 64 members; a function that reads only the first eight, or "
     "normalizes blocks of rows, is right only on small tests, and a clamp at 5 cuts the only "
     "success among 32.",
+    options=("--std", "--ddof", "--eps"),
 )
 def large_groups(f: GroupAdvantage, data: DataObject) -> None:
     """Sum and size of the advantages are right in large groups, too."""
@@ -316,12 +329,13 @@ def large_groups(f: GroupAdvantage, data: DataObject) -> None:
         reward[order], (torch.arange(len(reward), device="cpu") % groups)[order], order >= 0
     )
     _check_sum(f, batch)
-    _check_size(f, batch)
+    check_size(f, batch)
 
 
 @ADVANTAGE.law(
-    why="Its std is a rounding error, or 0: divided by it, equal samples get advantages of 0.4 to "
-    "0.9, or NaN. A smaller rest is rounding, and looks like an informative group.",
+    why="Its std is a rounding error, or 0: divided by it, equal samples get advantages as large "
+    "as 1, or NaN. A smaller rest is rounding, and looks like an informative group.",
+    options=("--zero",),
 )
 def constant_group(f: GroupAdvantage, data: DataObject) -> None:
     """A group of equal rewards between other groups has advantage 0."""
@@ -333,15 +347,17 @@ def constant_group(f: GroupAdvantage, data: DataObject) -> None:
     batch = beside_others([value] * size, dtype=dtype)
     reward, group = batch.reward, batch.group
     got = f(reward, group)
-    if not bool((got[batch.valid].abs() <= f.zero).all()):
+    wrong = batch.valid & ~(got.abs() <= f.zero)
+    if bool(wrong.any()):
         limit = "0" if f.zero == 0 else f"at most {f.zero:g} (option zero) in absolute value"
-        fail({"reward": reward, "group": group}, limit, got)
+        fail({"reward": reward, "group": group}, limit, got, wrong=wrong)
 
 
 @ADVANTAGE.law(
     why="There is nothing to compare with: a sample's std of one number is NaN, and a raw reward "
     "in place of the advantage has another scale.",
-    skip=lambda f: None if f.min_members == 1 else "a group of one is not accepted",
+    skip=lambda f: None if f.min_members == 1 else "--min-members: no group of one is accepted",
+    options=("--min-members",),
 )
 def one_member(f: GroupAdvantage, data: DataObject) -> None:
     """A group of one has advantage 0, beside larger groups too."""
@@ -349,9 +365,10 @@ def one_member(f: GroupAdvantage, data: DataObject) -> None:
     if f.convention.ragged and data.draw(st.booleans()):
         batch = beside_others(batch.reward[:1].tolist(), dtype=batch.reward.dtype)
     got, alone = f(batch.reward, batch.group), batch.valid
-    if not bool((got[alone].abs() <= f.zero).all()):
+    wrong = alone & ~(got.abs() <= f.zero)
+    if bool(wrong.any()):
         case = {"reward": batch.reward, "group": batch.group}
-        fail(case, torch.where(alone, 0, got), got)
+        fail(case, torch.where(alone, 0, got), got, wrong=wrong)
 
 
 @ADVANTAGE.law(
@@ -362,10 +379,11 @@ def one_member(f: GroupAdvantage, data: DataObject) -> None:
 def mask_equals_deletion(f: GroupAdvantage, data: DataObject) -> None:
     """An invalid reward takes no part, as if its trajectory were deleted, and gets advantage 0."""
     batch = data.draw(f.batches(lost=True))
-    assume(bool(batch.valid.any()))
     got = f(batch.reward, batch.group, batch.valid)
-    alone = f(batch.reward[batch.valid], batch.group[batch.valid])
-    expected = torch.zeros_like(got).masked_scatter(batch.valid, alone.to(got.dtype))
+    expected = torch.zeros_like(got)
+    if bool(batch.valid.any()):  # otherwise nothing is left to compare with
+        alone = f(batch.reward[batch.valid], batch.group[batch.valid])
+        expected[batch.valid] = alone.to(got.dtype)
     expect_close(got, expected, _case(batch), tolerance=f.tolerance)
 
 
@@ -387,6 +405,7 @@ def invalid_never_read(f: GroupAdvantage, data: DataObject) -> None:
 @ADVANTAGE.law(
     why="The advantage of a sample must not depend on the number of GPUs.",
     skip=_needs_group_statistics,
+    options=("--std",),
 )
 def split_equals_whole(f: GroupAdvantage, data: DataObject) -> None:
     """Groups do not see each other: a batch split over ranks by whole groups equals the whole."""
@@ -407,15 +426,20 @@ def float32_accuracy(f: GroupAdvantage, data: DataObject) -> None:
     # Averaged votes such as 4.25 and 4.26: distinct in float32, equal in bfloat16.
     batch = data.draw(f.batches(number=_votes))
     exact = f(batch.reward, batch.group)
-    got = f(batch.reward.float(), batch.group)
     case = _case(batch._replace(reward=batch.reward.float()))
+    result = call(f.convention.call, case, f.function, batch.reward.float(), batch.group, None)
+    expect_no_half(result, case)
+    got = f.advantages(result, case)
     spread = _spread(f, batch)
     assume(bool(((spread == 0) | (spread > 2e-3)).all()))
     informative = spread > 0
     differ = (batch.group[:, None] == batch.group) & (batch.reward[:, None] != batch.reward)
     differ &= (got[:, None] != 0) | (got != 0)  # a filter may drop a group
-    if bool((differ & (got[:, None] == got)).any()):
-        fail(case, "different advantages for different rewards", got)
+    merged = differ & (got[:, None] == got)
+    if bool(merged.any()):
+        one, two = merged.nonzero()[0].tolist()
+        words = f"different advantages for entries {one} and {two}, of different rewards"
+        fail(case, words, got, wrong=merged.any(1))
     expect_close(
         got[informative].double(), exact[informative], case, tolerance=max(f.tolerance, 1e-2)
     )
@@ -455,7 +479,8 @@ def default_dtype_and_device(f: GroupAdvantage, data: DataObject) -> None:
 
 @ADVANTAGE.law(
     why="A differentiable reward would otherwise be optimized directly, past the policy gradient.",
-    skip=lambda f: _needs_tensors(f) or (None if f.detaches else "the caller detaches rewards"),
+    skip=lambda f: _needs_tensors(f) or (None if f.detaches else NOT_DETACHED),
+    options=("--no-detaches",),
 )
 def no_gradient(f: GroupAdvantage, data: DataObject) -> None:
     """No gradient flows through an advantage."""
@@ -474,6 +499,7 @@ def _close_above_four(byte: int) -> float:
 @ADVANTAGE.law(
     why="Means and stds accumulated in half precision have two or three digits.",
     skip=_needs_tensors,
+    options=("--no-float32",),
 )
 def half_precision(f: GroupAdvantage, data: DataObject) -> None:
     """Half-precision rewards are refused, or give the float32 result within their rounding."""
@@ -560,7 +586,8 @@ def _check_sum(f: GroupAdvantage, batch: RewardBatch) -> None:
     expect_zero_sums(advantage, batch.group, _case(batch), tolerance=f.tolerance)
 
 
-def _check_size(f: GroupAdvantage, batch: RewardBatch) -> None:
+def check_size(f: GroupAdvantage, batch: RewardBatch) -> None:
+    """Fail unless advantages of a group differ by the difference of their rewards over the std."""
     advantage, spread = f(batch.reward, batch.group).double(), _spread(f, batch)
     same = batch.group[:, None] == batch.group
     expected = (batch.reward[:, None] - batch.reward) / spread[:, None]
@@ -577,6 +604,7 @@ def _check_size(f: GroupAdvantage, batch: RewardBatch) -> None:
             case,
             f"advantages that differ by {float(expected[one, two]):.6g}: {rewards}{divided}",
             f"{float(got[one, two]):.6g}: {text(advantage[one])} - {text(advantage[two])}",
+            wrong=wrong.any(1),
         )
 
 

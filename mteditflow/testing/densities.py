@@ -79,6 +79,11 @@ class LogProb(Density):
     names: ClassVar[tuple[str, str, str]] = ("x", "mean", "std")
 
 
+#: Reason to skip the law of deterministic rows.
+NO_DETERMINISTIC_ROWS = (
+    "not checked, since a caller may leave out rows of std 0; --deterministic promises that the "
+    "function takes them, and has it checked"
+)
 DENSITY: Laws[Density] = Laws("density", Density)
 
 
@@ -93,6 +98,7 @@ def _draw(data: DataObject) -> tuple[Tensor, Tensor, Tensor]:
 
 @DENSITY.law(
     why="The rounding of a mean in half precision is larger than its change by an update.",
+    options=("--no-float32",),
 )
 def half_precision(f: Density, data: DataObject) -> None:
     """Half-precision means are refused, or give the float32 result within their rounding."""
@@ -141,7 +147,8 @@ def score(f: LogProb, data: DataObject) -> None:
 
 @LOG_PROB.law(
     why="The last step of a solver has std 0; one NaN in its gradient makes every weight NaN.",
-    skip=lambda f: None if f.deterministic else "it is not called with deterministic rows",
+    skip=lambda f: None if f.deterministic else NO_DETERMINISTIC_ROWS,
+    options=("--no-deterministic",),
 )
 def deterministic_rows(f: LogProb, data: DataObject) -> None:
     """A row of std 0 has a finite value and gradient 0 for any content, and affects no other."""

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mteditflow.testing.law import Returned, call, expect_close, fail, text
+from mteditflow.testing.law import call, expect_close, fail
+from mteditflow.testing.reports import Returned, other_shape, text
 
 Tensors = Mapping[str, Tensor]
 Case = Mapping[str, object]
@@ -23,7 +24,7 @@ def expect_tensor(result: object, shape: torch.Size | tuple[int, ...], case: Cas
     if result.is_complex():
         fail(case, "a tensor of real numbers", Returned("complex numbers"))
     if result.shape != torch.Size(shape):
-        fail(case, expected, Returned(f"shape {list(result.shape)}"))
+        fail(case, expected, other_shape(result.shape, shape))
     return result
 
 
@@ -44,7 +45,7 @@ def expect_array(
     if array.is_complex():
         fail(case, f"an array of {of}", Returned("complex numbers"))
     if shape is not None and array.shape != shape:
-        fail(case, f"shape {list(shape)}", Returned(f"shape {list(array.shape)}"))
+        fail(case, f"shape {list(shape)}", other_shape(array.shape, shape))
     return array
 
 
@@ -90,6 +91,26 @@ def gradients(
     }
 
 
+def expect_pure(function: Callable[[Tensors], Tensor], arguments: Tensors, case: Case) -> None:
+    """Fail unless a call leaves its arguments as they were, and a second one gives the same."""
+    given = {name: x.clone() for name, x in arguments.items()}
+    first = function(given).detach().clone()
+    for name, before in arguments.items():
+        if not torch.equal(given[name], before):
+            wrong = given[name] != before
+            got = f"{name} changed in place to {text(given[name])}"
+            fail(case, f"{name} unchanged, {text(before)}", got, wrong=wrong)
+    second = function({name: x.clone() for name, x in arguments.items()})
+    expect_close(second, first, case, tolerance=0.0)
+
+
+def expect_no_half(result: object, case: Case) -> None:
+    """Fail if a result of float32 or float64 arguments is in half precision."""
+    dtype = str(getattr(result, "dtype", "")).removeprefix("torch.")
+    if dtype in ("float16", "bfloat16"):
+        fail(case, "a result in the precision of the arguments", f"one in {dtype}")
+
+
 def expect_zero_sums(advantage: Tensor, group: Tensor, case: Case, *, tolerance: float) -> None:
     """Fail unless each group's advantages sum to 0, within ``tolerance * max(1, sum of |A|)``."""
     for name in dict.fromkeys(group.tolist()):
@@ -99,6 +120,7 @@ def expect_zero_sums(advantage: Tensor, group: Tensor, case: Case, *, tolerance:
                 case,
                 f"advantages of group {name} that add up to 0",
                 f"{float(members.sum()):.6g}, of {text(members)}",
+                wrong=group == name,
             )
 
 
@@ -152,4 +174,4 @@ def expect_float32_result(
     same = (got.float() - expected).abs() <= allowed
     same |= got == expected.to(got.dtype)  # where it overflows in half precision
     if not bool(same.all()):
-        fail(case, expected, got)
+        fail(case, expected, got, wrong=~same)

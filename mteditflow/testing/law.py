@@ -7,12 +7,9 @@ Under a hypothesis profile without ``Phase.shrink`` it has the first one instead
 
 from __future__ import annotations
 
-import inspect
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from pathlib import Path
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, NamedTuple, NoReturn, TypeVar
 
 import torch
@@ -22,12 +19,12 @@ from hypothesis.errors import Flaky, HypothesisException
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
-from mteditflow.testing.options import check_integer
+from mteditflow.testing.options import Subject, check_integer
+from mteditflow.testing.reports import OtherSize, Raised, Returned, located, other_shape, text
 
 S = TypeVar("S")
 T = TypeVar("T")
 EXAMPLES = 200
-LONGEST = 12  # longest list that a message shows in full
 #: Options of every search.
 SEARCH = ("only", "without", "examples", "seed")
 
@@ -46,34 +43,6 @@ class About(NamedTuple):
     why: str
 
 
-class Raised(NamedTuple):
-    """Exception of the function under test.
-
-    Attributes:
-        error: the exception.
-    """
-
-    error: BaseException
-
-    def __str__(self) -> str:
-        first = str(self.error).strip().partition("\n")[0]
-        return f"the exception {type(self.error).__name__}{': ' * bool(first)}{first}"
-
-    @property
-    def of_the_call(self) -> bool:
-        """Whether the call itself raised a TypeError: the arguments do not fit the signature."""
-        frames = [frame for frame, _ in traceback.walk_tb(self.error.__traceback__)]
-        # Python raises it in the caller's frame, so the innermost frame is one of this package.
-        ours = bool(frames) and Path(frames[-1].f_code.co_filename).parent == Path(__file__).parent
-        return isinstance(self.error, TypeError) and ours
-
-
-class Returned(str):
-    """Description of a result with a type or shape that the kind does not allow."""
-
-    __slots__ = ()
-
-
 class LawBroken(AssertionError):  # noqa: N818  (says what happened, as AssertionError does)
     """A function breaks a law.
 
@@ -82,17 +51,27 @@ class LawBroken(AssertionError):  # noqa: N818  (says what happened, as Assertio
         case: arguments of the smallest failing case, by name.
         expected: result or property that the law requires.
         got: result or exception of the function.
+        wrong: True at wrong entries of the result; ``None`` if no entry can be named.
     """
 
     def __init__(
-        self, case: Mapping[str, object], expected: object, got: object, about: About | None = None
+        self,
+        case: Mapping[str, object],
+        expected: object,
+        got: object,
+        about: About | None = None,
+        *,
+        wrong: Tensor | None = None,
+        switch: str = "",
     ) -> None:
         self.law = about.name if about else ""
-        self.case, self.expected, self.got = dict(case), expected, got
+        self.case, self.expected, self.got, self.wrong = dict(case), expected, got, wrong
         lines = [f"{about.name}: {about.statement}"] if about else []
         lines += [f"  {name} = {text(value)}" for name, value in self.case.items()]
         lines += [f"  expected {text(expected)}", f"  got      {text(got)}"]
+        lines += located(self.case, expected, got, wrong)
         lines += [f"  Why it matters: {about.why}"] if about else []
+        lines += [f"  {switch}"] if switch else []
         super().__init__("\n".join(lines))
 
     @property
@@ -115,17 +94,26 @@ class Law(Generic[S]):
         skip: returns the reason why the law does not apply to a function, or ``None``.
         first: a form of ``holds`` with milder cases, searched before with half as many examples;
             ``None``: there is none. If it is broken, ``holds`` draws nothing.
+        options: options of the command that describe functions for which the law differs.
     """
 
     about: About
     holds: Callable[[S, DataObject], None]
     skip: Callable[[S], str | None]
     first: Callable[[S, DataObject], None] | None = None
+    options: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """Words joined by hyphens, as in a test id."""
         return self.about.name
+
+    @property
+    def switch(self) -> str:
+        """How to leave the law out, or to check another form of it; the last line of a report."""
+        options = ", ".join(self.options)
+        described = f"Describe it by {options}, or leave" if options else "Leave"
+        return f"Not a property of your function? {described} the law out: --without {self.name}"
 
     def check(self, subject: S, *, examples: int = EXAMPLES, seed: int = 0) -> None:
         """Search for a counterexample.
@@ -154,7 +142,10 @@ class Law(Generic[S]):
             got = "another one: it depends on earlier calls, or on random numbers of its own"
             raise LawBroken({}, "one result for one case", got, self.about) from None
         except LawBroken as broken:
-            raise LawBroken(broken.case, broken.expected, broken.got, self.about) from None
+            raise LawBroken(
+                broken.case, broken.expected, broken.got, self.about, wrong=broken.wrong,
+                switch=self.switch,
+            ) from None  # fmt: skip
 
     def __str__(self) -> str:
         return self.name
@@ -208,7 +199,13 @@ class Laws(Generic[S]):
         self, kind: str, subject: type[S], shared: Iterable[Law[S]] = (), *, called: str = ""
     ) -> None:
         self.kind, self.subject, self.called = kind, subject, called
-        self._laws = {law.name: law for law in shared}
+        self._laws = {law.name: self._own_options(law) for law in shared}
+
+    def _own_options(self, law: Law[S]) -> Law[S]:
+        """Return a law of a more general kind, without options that this kind does not have."""
+        known = {option.name.replace("_", "-") for option in fields(self.subject)}  # type: ignore[arg-type]
+        own = [x for x in law.options if x.removeprefix("--").removeprefix("no-") in known]
+        return replace(law, options=tuple(own))
 
     def __iter__(self) -> Iterator[Law[S]]:
         return iter(self._laws.values())
@@ -227,6 +224,7 @@ class Laws(Generic[S]):
         why: str,
         skip: Callable[[S], str | None] | None = None,
         first: Callable[[S, DataObject], None] | None = None,
+        options: tuple[str, ...] = (),
     ) -> Callable[[Callable[[S, DataObject], None]], Callable[[S, DataObject], None]]:
         """Return a decorator that declares a law, named and stated by its function and docstring.
 
@@ -234,12 +232,13 @@ class Laws(Generic[S]):
             why: consequence for training if the law does not hold, one sentence.
             skip: returns the reason why the law does not apply to a function, or ``None``.
             first: a form with milder cases, as in ``Law``.
+            options: options that describe functions for which the law differs, as in ``Law``.
         """
 
         def declare(holds: Callable[[S, DataObject], None]) -> Callable[[S, DataObject], None]:
             statement = " ".join((holds.__doc__ or "").split())
             about = About(holds.__name__.replace("_", "-"), statement, why)
-            self._laws[about.name] = Law(about, holds, skip or (lambda _: None), first)
+            self._laws[about.name] = Law(about, holds, skip or (lambda _: None), first, options)
             return holds
 
         return declare
@@ -254,6 +253,7 @@ class Laws(Generic[S]):
                 lambda subject, data: law.holds(view(subject), data),
                 lambda subject: law.skip(view(subject)),
                 None if first is None else (lambda subject, data: first(view(subject), data)),
+                law.options,
             )
 
         return [seen(law) for law in self]
@@ -308,6 +308,9 @@ class Laws(Generic[S]):
 
         Otherwise a wrong signature would appear as many broken laws.
         """
+        misfit = subject.misfit() if isinstance(subject, Subject) else None
+        if misfit is not None:
+            raise ValueError(misfit)
         law = next(law for law in self if law.skip(subject) is None)
         try:
             law.check(subject, examples=1)
@@ -317,7 +320,7 @@ class Laws(Generic[S]):
                 got.of_the_call or isinstance(got.error, (ImportError, NameError, SystemExit))
             ):
                 raise TypeError(f"function: a call of the kind {self.kind} raises {got}") from None
-            if isinstance(got, Returned) and not got.startswith("shape"):
+            if isinstance(got, Returned) and not isinstance(got, OtherSize):
                 raise TypeError(f"function: expected {text(broken.expected)}, got {got}") from None
 
     def check(self, subject: S, **options: Any) -> None:
@@ -412,11 +415,16 @@ def refuses(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
 
 
 def fail(
-    case: Mapping[str, object], expected: object, got: object, about: About | None = None
+    case: Mapping[str, object],
+    expected: object,
+    got: object,
+    about: About | None = None,
+    *,
+    wrong: Tensor | None = None,
 ) -> NoReturn:
-    """Raise ``LawBroken``."""
+    """Raise ``LawBroken``; ``wrong`` is True at wrong entries of the result."""
     __tracebackhide__ = True
-    raise LawBroken(case, expected, got, about)
+    raise LawBroken(case, expected, got, about, wrong=wrong)
 
 
 def expect_close(
@@ -433,14 +441,14 @@ def expect_close(
     """
     __tracebackhide__ = True
     if got.shape != expected.shape:
-        got_shape = Returned(f"shape {list(got.shape)}")
+        got_shape = other_shape(got.shape, expected.shape)
         fail(case, f"shape {list(expected.shape)}", got_shape, about)
     got_, expected_ = got.detach().double(), expected.detach().double()
     allowed = tolerance * expected_.abs().clamp(min=1)
     same = (got_ == expected_) | ((got_ - expected_).abs() <= allowed)
     same |= got_.isnan() & expected_.isnan()
     if not bool(same.all()):
-        fail(case, expected, got, about)
+        fail(case, expected, got, about, wrong=~same)
 
 
 def _search(holds: Callable[[S, DataObject], None], subject: S, examples: int, start: int) -> None:
@@ -470,27 +478,3 @@ def _phases() -> tuple[Phase, ...]:
     """Return the phases of a search, without shrinking if the active profile leaves it out."""
     shrinks = Phase.shrink in settings().phases
     return (Phase.generate, Phase.shrink) if shrinks else (Phase.generate,)
-
-
-def text(value: object) -> str:
-    """Return a value as a short literal; long lists are shortened."""
-    if isinstance(value, Tensor):
-        numbers = _list(value.detach().cpu().tolist())
-        plain = value.dtype in (torch.float64, torch.int64, torch.bool)
-        return numbers if plain else f"{numbers} ({str(value.dtype).removeprefix('torch.')})"
-    if isinstance(value, (Raised, str)):
-        return str(value)
-    if isinstance(value, (list, tuple)):
-        return _list(value)
-    if callable(value) and not inspect.isclass(value):
-        return getattr(value, "__qualname__", repr(value))
-    return repr(value)
-
-
-def _list(values: Any) -> str:
-    if not isinstance(values, (list, tuple)):
-        return text(values)
-    if len(values) <= LONGEST:
-        return f"[{', '.join(map(_list, values))}]"
-    ends = [*map(_list, values[:6]), "...", *map(_list, values[-2:])]
-    return f"[{', '.join(ends)}] ({len(values)} in all)"

@@ -15,10 +15,15 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
-from mteditflow.testing.expect import Tensors, expect_float32_result, expect_tensor, gradients
+from mteditflow.testing.expect import (
+    Tensors,
+    expect_float32_result,
+    expect_pure,
+    expect_tensor,
+    gradients,
+)
 from mteditflow.testing.law import (
     Laws,
-    Raised,
     call,
     expect_close,
     expect_memory,
@@ -26,7 +31,8 @@ from mteditflow.testing.law import (
     other_defaults,
     refuses,
 )
-from mteditflow.testing.options import Subject, check_choice
+from mteditflow.testing.options import NOT_DETACHED, Subject, check_choice
+from mteditflow.testing.reports import Raised
 from mteditflow.testing.strategies import Number, eighths, tensors
 
 ROWS, LATENT = 2, (2,)
@@ -136,6 +142,20 @@ class Loss(Subject):
             inputs[name] = torch.tensor(numbers, dtype=torch.float64, device="cpu").view_as(drawn)
         return inputs
 
+    def misfit(self) -> str | None:
+        """Return which reduction the function has if it is not the stated one, or ``None``."""
+        inputs = self.sample(torch.Generator(device="cpu").manual_seed(0))
+        try:
+            result = self.function(**self.arguments(inputs))
+        except (Exception, SystemExit):  # left to the laws, which show it with its case
+            return None
+        ranks = {0: "mean", 1: "none"}
+        found = ranks.get(result.ndim) if isinstance(result, Tensor) else None
+        if found in (None, self.reduction):
+            return None
+        shape = f"shape {list(getattr(result, 'shape', ()))}"
+        return f"reduction: expected {found} for a result of {shape}, got {self.reduction}"
+
     @cached_property
     def compiled(self) -> Callable[..., Any]:
         """The function under ``torch.compile``."""
@@ -148,13 +168,16 @@ LOSS: Laws[Loss] = Laws("loss", Loss, called="fn(**tensors), to [M] or a mean")
 
 
 def _needs_valid(f: Loss) -> str | None:
-    return None if f.valid is not None else "the loss takes no mask"
+    if f.valid is not None:
+        return None
+    return "the loss takes no mask; --valid NAME names one, and has it checked"
 
 
 @LOSS.law(
     why="A gradient into the old policy, the advantage or the target optimizes something else, or "
     "keeps the graph of the rollout in memory.",
-    skip=lambda f: None if f.detaches else "the caller detaches the constants",
+    skip=lambda f: None if f.detaches else NOT_DETACHED,
+    options=("--no-detaches",),
 )
 def constants(f: Loss, data: DataObject) -> None:
     """Constants get no gradient, even if the caller did not detach them."""
@@ -166,13 +189,29 @@ def constants(f: Loss, data: DataObject) -> None:
         fail(inputs, f"a gradient to {', '.join(f.trained)}", "no gradient")
     for name, grad in (gradients(total, leaves, inputs) if leaves else {}).items():
         if bool((grad != 0).any()):
-            fail(inputs, f"no gradient to {name}", grad)
+            fail(inputs, f"no gradient to {name}", grad, wrong=grad != 0)
+
+
+@LOSS.law(
+    why="An advantage or a mask that changes in place is wrong in the next loss, and in the log.",
+)
+def pure(f: Loss, data: DataObject) -> None:
+    """The arguments are left as they were, and a second call gives the same."""
+    inputs = data.draw(f.draw())
+    lost = data.draw(st.integers(0, ROWS))
+    mask = {} if f.valid is None else {f.valid: torch.arange(ROWS, device="cpu") != lost}
+    expect_pure(
+        lambda x: f({k: x[k] for k in inputs}, x[f.valid] if f.valid else None),
+        {**inputs, **mask},
+        {**inputs, **mask},
+    )
 
 
 @LOSS.law(
     why="Micro-batches and ranks split the rows; statistics over the batch inside a loss change "
     "the gradient with the batch size.",
-    skip=lambda f: None if f.reduction == "none" else "the loss is a mean over rows",
+    skip=lambda f: None if f.reduction == "none" else "--reduction: the loss is a mean over rows",
+    options=("--reduction",),
 )
 def slice_equals_whole(f: Loss, data: DataObject) -> None:
     """A row has the same loss alone and in a batch."""
@@ -183,31 +222,55 @@ def slice_equals_whole(f: Loss, data: DataObject) -> None:
 
 
 @LOSS.law(
+    why="Latents are [M, C, H, W] or [M, tokens, channels]; a mean over one axis, or a sum over "
+    "another, is right for flat latents alone.",
+    skip=lambda f: None if "latent" in f.inputs.values() else "the loss takes no latents",
+)
+def latent_shape(f: Loss, data: DataObject) -> None:
+    """Latents of another shape with the same elements are refused, or give the same loss."""
+    inputs, shape = data.draw(f.draw()), data.draw(st.permutations((1, *LATENT, 1)))
+    shaped = {
+        k: x.reshape(ROWS, *shape) if f.inputs[k] == "latent" else x for k, x in inputs.items()
+    }
+    if not refuses(f.function, **f.arguments(shaped)):
+        expect_close(f(shaped), f(inputs), shaped, tolerance=f.tolerance)
+
+
+@LOSS.law(
     why="Rows of lost rewards contain NaN or stale numbers; NaN times a mask of 0 is NaN, and in "
     "DiffusionNFT advantage 0 in place of a mask still pulls toward the old policy.",
     skip=_needs_valid,
 )
 def mask_equals_deletion(f: Loss, data: DataObject) -> None:
-    """A masked row adds nothing to value and gradient, for any content including NaN."""
+    """A masked row adds nothing to value and gradient, for any content, even if all are masked."""
     inputs = data.draw(f.draw())
-    lost = data.draw(st.integers(0, ROWS - 1))
-    valid = torch.arange(ROWS, device="cpu") != lost
+    lost = data.draw(st.integers(0, ROWS))  # ROWS stands for all
+    valid = (torch.arange(ROWS, device="cpu") != lost) & (lost < ROWS)
     garbage = data.draw(st.sampled_from([None, math.nan, math.inf, 1e30]))
     held = {name: x.clone() for name, x in inputs.items()}
     for x in held.values():
         if garbage is not None:
             x[~valid] = garbage
     kept = {name: x[valid] for name, x in inputs.items()}
-    got, expected, case = f(held, valid), f(kept), f.case(held, valid)
+    got, case = f(held, valid), f.case(held, valid)
+    if lost == ROWS:
+        grads = f.gradient(held, valid)
+        for what, x in {"loss": got, **{f"gradient by {k}": x for k, x in grads.items()}}.items():
+            if not bool((x == 0).all()):  # NaN is not 0
+                fail(case, f"{what} 0 where all rows are masked", x, wrong=x != 0)
+        return
+    expected = f(kept)
     if f.reduction == "none":
         if bool((got[~valid] != 0).any()):
-            fail(case, "loss 0 in masked rows", got)
+            fail(case, "loss 0 in masked rows", got, wrong=~valid & (got != 0))
         got = got[valid]
     expect_close(got, expected, case, tolerance=f.tolerance)
     gradient, own = f.gradient(held, valid), f.gradient(kept)
     for name in f.trained:
         if bool((gradient[name][~valid] != 0).any()):
-            fail(case, f"gradient 0 by {name} in masked rows", gradient[name])
+            wrong = gradient[name] != 0
+            wrong[valid] = False
+            fail(case, f"gradient 0 by {name} in masked rows", gradient[name], wrong=wrong)
         expect_close(gradient[name][valid], own[name], case, tolerance=f.tolerance)
 
 
@@ -219,7 +282,7 @@ def finite(f: Loss, data: DataObject) -> None:
     inputs = _equal_latents(f, data.draw(f.draw()), data)
     for what, x in {"loss": f(inputs), **f.gradient(inputs)}.items():
         if not bool(x.isfinite().all()):
-            fail(inputs, f"a finite {what}", x)
+            fail(inputs, f"a finite {what}", x, wrong=~x.isfinite())
 
 
 @LOSS.law(
@@ -285,6 +348,7 @@ def every_entry(f: Loss, data: DataObject) -> None:
 @LOSS.law(
     why="Half precision has at most three digits: a ratio of 1.001 may round to 1, and a mean over "
     "rows loses most digits.",
+    options=("--no-float32",),
 )
 def half_precision(f: Loss, data: DataObject) -> None:
     """Half-precision inputs are refused, or give the float32 result within their rounding."""

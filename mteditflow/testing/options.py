@@ -9,6 +9,12 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+#: Reason to skip a law that no gradient leaves a loss or an advantage through its constants.
+NOT_DETACHED = (
+    "not checked, since a caller may detach them before the call; --detaches promises that the "
+    "function does, and has it checked"
+)
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -35,6 +41,10 @@ class Subject:
     def takes_classes(self) -> bool:
         """Whether a class is accepted in place of a function."""
         return False
+
+    def misfit(self) -> str | None:
+        """Return which option must be another one for a single call to succeed, or ``None``."""
+        return None
 
 
 def check_function(function: object, *, classes: bool = False) -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from mteditflow.testing.endpoint import FAULTS, ScriptedServer, completion
 from mteditflow.testing.kinds import laws_of
-from mteditflow.testing.law import EXAMPLES, Law, check_search
+from mteditflow.testing.law import EXAMPLES, Law, LawBroken, check_search
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,17 @@ class BoundLaw:
 
         Raises:
             LawBroken: a counterexample was found.
+            ValueError: another option fits the function, such as another signature.
         """
         __tracebackhide__ = True
         self.calls.append(None)
-        self.law.check(self.subject, examples=self.examples, seed=self.seed)
+        try:
+            self.law.check(self.subject, examples=self.examples, seed=self.seed)
+        except LawBroken:
+            misfit = self.subject.misfit()
+            if misfit is None:
+                raise
+            raise ValueError(misfit) from None
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -75,6 +75,10 @@ class PolicyLoss(Subject):
             self.float32,
         )
 
+    def misfit(self) -> str | None:
+        """Return which reduction the function has if it is not the stated one, or ``None``."""
+        return self.loss.misfit()
+
     def gradient(self, log_ratio: Tensor, advantage: Tensor, old: Tensor | None = None) -> Tensor:
         """Return the gradient of the summed loss by the log-probs, [M]."""
         old = torch.zeros_like(log_ratio) if old is None else old
@@ -91,6 +95,10 @@ POLICY_LOSS: Laws[PolicyLoss] = Laws(
     LOSS.through(lambda f: f.loss),
     called="fn(log_prob, old_log_prob, advantage), rows [M] to [M] or a mean",
 )
+
+
+def _needs_clip(f: PolicyLoss) -> str | None:
+    return "--clip-low none: nothing is clipped" if f.clip_low is None else None
 
 
 @POLICY_LOSS.law(
@@ -131,7 +139,8 @@ def policy_gradient(f: PolicyLoss, data: DataObject) -> None:
 
 @POLICY_LOSS.law(
     why="Without clipping one batch can move the policy without bound.",
-    skip=lambda f: "nothing is clipped" if f.clip_low is None else None,
+    skip=_needs_clip,
+    options=("--clip-low", "--clip-high"),
 )
 def clipped_side(f: PolicyLoss, data: DataObject) -> None:
     """Beyond the clip range, in the direction that the advantage favors, the gradient is 0."""
@@ -141,7 +150,8 @@ def clipped_side(f: PolicyLoss, data: DataObject) -> None:
 @POLICY_LOSS.law(
     why="Log-probs of a whole latent differ by hundreds after one bad update; exp overflows to "
     "infinity, and infinity times a clipped gradient of 0 is NaN in every weight.",
-    skip=lambda f: "nothing is clipped" if f.clip_low is None else None,
+    skip=_needs_clip,
+    options=("--clip-low", "--clip-high"),
 )
 def far_ratios(f: PolicyLoss, data: DataObject) -> None:
     """A clipped sample's gradient is 0 even if its ratio overflows."""
@@ -150,7 +160,8 @@ def far_ratios(f: PolicyLoss, data: DataObject) -> None:
 
 @POLICY_LOSS.law(
     why="A range tighter than stated stops updates early, so a paper's results are not reproduced.",
-    skip=lambda f: "nothing is clipped" if f.clip_low is None else None,
+    skip=_needs_clip,
+    options=("--clip-low", "--clip-high"),
 )
 def inside_the_range(f: PolicyLoss, data: DataObject) -> None:
     """Inside the clip range, up to its ends, the gradient is -ratio * advantage."""
@@ -394,4 +405,5 @@ def _clipped(f: PolicyLoss, data: DataObject, over: float) -> None:
     advantage = torch.tensor([good, -good], dtype=torch.float64, device="cpu")
     got = f.gradient(log_ratio, advantage)
     if not torch.equal(got, torch.zeros_like(got)):
-        fail({"log_ratio": log_ratio, "advantage": advantage}, [0.0, 0.0], got)
+        case = {"log_ratio": log_ratio, "advantage": advantage}
+        fail(case, torch.zeros_like(got), got, wrong=got != 0)

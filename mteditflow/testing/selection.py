@@ -14,10 +14,18 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
-from mteditflow.testing.expect import expect_array
+from mteditflow.testing.expect import expect_array, expect_pure
 from mteditflow.testing.law import Laws, call, expect_memory, fail, other_defaults
 from mteditflow.testing.options import Subject
-from mteditflow.testing.strategies import RewardBatch, reward_batches, signs
+from mteditflow.testing.signatures import dense_ids
+from mteditflow.testing.strategies import (
+    RewardBatch,
+    far_ids,
+    moderate_ids,
+    named_anew,
+    reward_batches,
+    signs,
+)
 
 
 @dataclass(frozen=True)
@@ -48,15 +56,25 @@ def _rows(batch: RewardBatch, **more: object) -> Mapping[str, object]:
 
 
 @SELECTION.law(
+    why="Rewards and masks are reused for the advantages of the selected groups.",
+)
+def pure(f: Selection, data: DataObject) -> None:
+    """The arguments are left as they were, and a second call gives the same."""
+    batch = data.draw(reward_batches(number=signs, far_ids=False))
+    expect_pure(lambda x: f(**x), batch._asdict(), _rows(batch))
+
+
+@SELECTION.law(
     why="A group that lost its worst members has another mean: its advantages are biased.",
 )
 def whole_groups(f: Selection, data: DataObject) -> None:
     """The valid members of a group are kept or dropped together."""
-    batch = data.draw(reward_batches(number=signs))
+    batch = data.draw(reward_batches(number=signs, far_ids=False))
     kept = f(*batch)
     same = (batch.group[:, None] == batch.group) & batch.valid[:, None] & batch.valid
-    if bool((same & (kept[:, None] != kept)).any()):
-        fail(_rows(batch), "one verdict in each group", kept)
+    wrong = same & (kept[:, None] != kept)
+    if bool(wrong.any()):
+        fail(_rows(batch), "one verdict in each group", kept, wrong=wrong.any(1))
 
 
 @SELECTION.law(
@@ -71,7 +89,8 @@ def flat_groups_dropped(f: Selection, data: DataObject) -> None:
     got, flat = f(reward, group, torch.ones_like(group, dtype=torch.bool)), group == 4
     if bool(got[flat].any()):
         case = {"reward": reward, "group": group}
-        fail(case, "no member of group 4 kept", f"{int(got[flat].sum())} members kept")
+        words = f"{int(got[flat].sum())} members kept"
+        fail(case, "no member of group 4 kept", words, wrong=got & flat)
 
 
 @SELECTION.law(
@@ -79,28 +98,51 @@ def flat_groups_dropped(f: Selection, data: DataObject) -> None:
 )
 def informative_groups_kept(f: Selection, data: DataObject) -> None:
     """Valid members of a group of different rewards are kept, and invalid ones are not."""
-    batch = data.draw(reward_batches(number=signs))
+    batch = data.draw(reward_batches(number=signs, far_ids=False))
     same = (batch.group[:, None] == batch.group) & batch.valid[:, None] & batch.valid
     differs = (same & (batch.reward[:, None] != batch.reward)).any(dim=1)
     got = f(*batch)
     if not torch.equal(got, differs):
-        fail(_rows(batch), differs, got)
+        fail(_rows(batch), differs, got, wrong=got != differs)
 
 
 @SELECTION.law(
-    why="Not every data loader gives sorted or consecutive ids.",
+    why="Not every data loader delivers the members of a group as neighbors.",
 )
 def permutation(f: Selection, data: DataObject) -> None:
-    """Shuffling the trajectories and renaming the groups changes no verdict."""
-    batch = data.draw(reward_batches(number=signs))
+    """Shuffling the trajectories changes no verdict."""
+    batch = data.draw(reward_batches(number=signs, far_ids=False))
     order = torch.tensor(
         data.draw(st.permutations(range(len(batch.reward)))), dtype=torch.int64, device="cpu"
     )
-    renamed = batch.group * 3 if bool((batch.group.abs() < 2**60).all()) else batch.group
-    got = f(batch.reward[order], renamed[order], batch.valid[order])
-    expected = f(*batch)[order]
+    expected = f(*batch)
+    got = torch.zeros_like(expected)
+    got[order] = f(batch.reward[order], batch.group[order], batch.valid[order])
     if not torch.equal(got, expected):
-        fail(_rows(batch, order=order), expected, got)
+        fail(_rows(batch, order=order), expected, got, wrong=got != expected)
+
+
+def _relabel(
+    f: Selection, data: DataObject, ids: Callable[[torch.dtype, int], st.SearchStrategy[list[int]]]
+) -> None:
+    """Compare ids of a strategy with 0, 1, ..."""
+    batch = data.draw(reward_batches(number=signs, far_ids=False))
+    dense = dense_ids(batch.group)
+    names = data.draw(ids(torch.int64, int(dense.max()) + 1))
+    relabeled = batch._replace(group=named_anew(dense, names, torch.int64))
+    got, expected = f(*relabeled), f(*batch._replace(group=dense))
+    if not torch.equal(got, expected):
+        fail(_rows(relabeled), expected, got, wrong=got != expected)
+
+
+@SELECTION.law(
+    why="Ids are hashes or dataset indices; ids converted to float32, or used as positions, "
+    "merge groups without an error.",
+    first=lambda f, data: _relabel(f, data, moderate_ids),
+)
+def relabeled_groups(f: Selection, data: DataObject) -> None:
+    """Group ids are names: any other distinct integers give the same verdicts."""
+    _relabel(f, data, far_ids)
 
 
 @SELECTION.law(
@@ -118,7 +160,8 @@ def default_dtype_and_device(f: Selection, data: DataObject) -> None:
         got = f(reward, group, valid)
     if not torch.equal(got, expected):
         case = {"reward": reward, "group": group, "members of each": size}
-        fail(case, f"{int(expected.sum())} members kept", f"{int(got.sum())} members kept")
+        kept = f"{int(expected.sum())} members kept", f"{int(got.sum())} members kept"
+        fail(case, *kept, wrong=got != expected)
 
 
 def check_selection(function: Callable[..., Any], **search: Any) -> None:

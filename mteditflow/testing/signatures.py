@@ -7,6 +7,7 @@ converts it to the function's arguments, and the function's result to [B].
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from mteditflow.testing.expect import expect_array, expect_tensor
-from mteditflow.testing.law import fail
+from mteditflow.testing.law import LawBroken, fail
+from mteditflow.testing.reports import Raised
 
 Call = Callable[[Callable[..., Any], Tensor, Tensor, "Tensor | None"], Any]
 
@@ -171,6 +173,68 @@ def signature_of(function: Callable[..., Any], signature: str | Signature | Call
     always = mask.default is inspect.Parameter.empty
     call = _always_masked(chosen.call) if always else chosen.call
     return replace(chosen, call=call, shown=shown, lost=True)
+
+
+def misfit_of(function: Callable[..., Any], signature: object) -> str | None:
+    """Return an error message if a function fits another named signature than the stated one.
+
+    A function that raises under every signature is left to the laws: it is wrong, or needs an
+    adapter.
+
+    Args:
+        function: function under test.
+        signature: the stated signature; one without a name fits any function.
+    """
+    if not isinstance(signature, str):
+        return None
+    objection = _objection(function, signature, any_error=False)
+    if objection is None:
+        return None
+    masked = "valid" in parameters(function)  # and so lost rewards are not NaN
+    others = [name for name in SIGNATURES if name not in (signature, "nan" * masked)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of calls that the function is not made for
+        fitting = [name for name in others if _objection(function, name, any_error=True) is None]
+    if not fitting:
+        return None
+    shown = signature_of(function, signature).shown
+    expected = " or ".join(fitting[:2])
+    return (
+        f"signature: expected {expected} for this function, got {signature} ({shown}), "
+        f"which gives {objection}"
+    )
+
+
+def _objection(function: Callable[..., Any], name: str, *, any_error: bool) -> str | None:
+    """Return why a call under a signature fails, or ``None``.
+
+    Args:
+        function: function under test.
+        name: name of the signature.
+        any_error: whether any error on lost rewards counts, and NaN, or only a TypeError of the
+            call itself.
+    """
+    convention = signature_of(function, name)
+    reward = torch.tensor([1, 0, 2, 0, 0, 3, 0, 1], dtype=torch.float64, device="cpu")
+    group = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1], dtype=torch.int64, device="cpu")
+    fits = not any_error and "valid" in parameters(function)
+    for valid in (None, reward != 2) if convention.lost and not fits else (None,):
+        mask = None if valid is None else valid.clone()
+        try:
+            result = convention.call(function, reward.clone(), group.clone(), mask)
+            array = expect_array(result, reward.shape, {})
+        except LawBroken as broken:
+            return str(broken.got)
+        except (Exception, SystemExit) as error:
+            raised = Raised(error)
+            if valid is None or any_error or raised.of_the_call:
+                return str(raised)
+            return None
+        if name in ("mteditflow", "tensors") and isinstance(result, np.ndarray):
+            return "a numpy array"
+        if any_error and not bool(array.isfinite().all()):
+            return "NaN"
+    return None
 
 
 def parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:

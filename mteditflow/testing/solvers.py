@@ -17,8 +17,9 @@ from torch import Tensor
 
 from mteditflow.testing.expect import described, expect_tensor, gradients
 from mteditflow.testing.gaussian import GaussianFlow
-from mteditflow.testing.law import Laws, Returned, call, expect_close, fail
+from mteditflow.testing.law import Laws, call, expect_close, fail
 from mteditflow.testing.options import Subject
+from mteditflow.testing.reports import Returned
 from mteditflow.testing.strategies import sigma_grids, tensors
 
 ROWS, LATENT = 2, (2,)
@@ -87,7 +88,7 @@ def noise_0_is_euler(f: SolverStep, data: DataObject) -> None:
     case = _step(x_t, velocity, sigma, following, 0.0)
     expect_close(mean, x_t + (following - sigma) * velocity, case, tolerance=f.tolerance)
     if bool((std != 0).any()):
-        fail(case, "std 0", std)
+        fail(case, "std 0", std, wrong=std != 0)
 
 
 @SOLVER.law(
@@ -105,7 +106,7 @@ def finite(f: SolverStep, data: DataObject) -> None:
         if not sound or bool((std < 0).any()):
             fail(case, "a finite mean and a finite std >= 0", f"std {std.flatten().tolist()}")
         if following > 0 and f.noise_level > 0 and bool((std == 0).any()):
-            fail(case, "a std > 0", std)
+            fail(case, "a std > 0", std, wrong=std == 0)
 
 
 @SOLVER.law(
@@ -140,12 +141,14 @@ def gradient_to_velocity(f: SolverStep, data: DataObject) -> None:
     base, _ = f(x_t, torch.zeros_like(velocity), *arguments)
     expect_close(base + gradient * velocity, mean, case, tolerance=f.tolerance)
     if not bool((gradient < 0).all()):
-        fail(case, "a negative gradient: the velocity points from data to noise", gradient)
+        words = "a negative gradient: the velocity points from data to noise"
+        fail(case, words, gradient, wrong=~(gradient < 0))
 
 
 @SOLVER.law(
     why="An SDE with other marginals trains a distribution that evaluations do not sample.",
-    skip=lambda f: None if f.marginals else "the solver does not keep marginals",
+    skip=lambda f: None if f.marginals else "--no-marginals: the solver has other marginals",
+    options=("--no-marginals",),
 )
 def marginals(f: SolverStep, data: DataObject) -> None:
     """Halving the step size reduces the error of the marginals by a factor of at least 1.5."""

@@ -92,6 +92,40 @@ def group_ids(
 
 
 @cache
+def moderate_ids(dtype: torch.dtype, count: int) -> SearchStrategy[list[int]]:
+    """Strategy for distinct group ids that no function needs much memory for.
+
+    A function that uses ids as positions counts up to the largest: at an id of 2**63 - 1 it may
+    end the process. Moderate ids find most such functions without.
+
+    Args:
+        dtype: an integer dtype.
+        count: number of ids.
+    """
+    low, high = torch.iinfo(dtype).min, torch.iinfo(dtype).max
+    ids = st.integers(max(low, -3), 8) | st.integers(max(low, -(10**5)), min(high, 10**5))
+    return st.lists(ids, min_size=count, max_size=count, unique=True)
+
+
+@cache
+def far_ids(dtype: torch.dtype, count: int) -> SearchStrategy[list[int]]:
+    """Strategy for distinct group ids anywhere in a dtype, often equal in a smaller one.
+
+    Args:
+        dtype: an integer dtype.
+        count: number of ids.
+    """
+    anywhere = group_ids(dtype=dtype, least=count, most=count)
+    if dtype != torch.int64:
+        return anywhere
+    # Ids that agree in their low 16 or 32 bits, and neighbors beyond 2^24, equal in float32.
+    merging = st.sampled_from([(7, 2**16), (7, 2**32), (2**40, 1)]).map(
+        lambda start: [start[0] + k * start[1] for k in range(count)]
+    )
+    return st.integers(0, 3).flatmap(lambda choice: merging if choice == 3 else anywhere)
+
+
+@cache
 @st.composite
 def reward_batches(
     draw: DrawFn,
@@ -112,7 +146,7 @@ def reward_batches(
     Args:
         draw: given by hypothesis.
         ragged: groups may differ in size.
-        lost: some entries may be invalid; a group may lose all.
+        lost: some entries may be invalid; a group may lose all, and so may the batch.
         constant: a group's rewards may all be equal.
         min_members: smallest size of a group.
         max_members: largest size of a group.
@@ -135,6 +169,7 @@ def reward_batches(
     most = max_groups * max_members
     ids = draw(group_ids(dtype=id_dtype, most=max_groups, far=far_ids))
     more, equal = _bytes(draw, max_groups), _bytes(draw, max_groups)
+    whole = _bytes(draw, max_groups + 1)  # groups, and last the batch, without a valid member
     numbers, lost_at, keys = (_bytes(draw, most) for _ in range(3))
     sizes = [
         min_members + more[group if ragged else 0] % (max_members - min_members + 1)
@@ -148,7 +183,11 @@ def reward_batches(
             reward[members] = reward[members[0]]
         elif not constant and len(members) > 1 and len(set(reward[members])) == 1:
             reward[members[-1]] += 1
-    valid = np.array([not lost or byte % 4 != 1 for byte in lost_at[: len(place)]])
+    valid = np.array([byte % 4 != 1 for byte in lost_at[: len(place)]])
+    for group in range(len(ids)):
+        valid[place == group] &= whole[group] % 16 != 1
+    valid &= whole[-1] % 16 != 1
+    valid |= not lost
     order = np.argsort(np.frombuffer(keys[: len(place)], dtype=np.uint8), kind="stable")
     return RewardBatch(
         torch.from_numpy(reward[order]).to(dtype),
@@ -262,6 +301,11 @@ def tensors(
     drawn = _bytes(draw, int(torch.Size(shape).numel()))
     elements = [number(byte) for byte in drawn]
     return torch.tensor(elements, dtype=dtype, device="cpu").reshape(shape)
+
+
+def named_anew(dense: Tensor, ids: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return group ids [B] of any integer dtype in place of 0, 1, ..."""
+    return as_ids([ids[i] for i in dense.tolist()], dtype)  # torch 2.6 indexes no uint16
 
 
 def as_ids(values: Sequence[int], dtype: torch.dtype) -> Tensor:

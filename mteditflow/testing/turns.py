@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
 from torch import Tensor
 
-from mteditflow.testing.expect import expect_array
+from mteditflow.testing.expect import expect_array, expect_no_half, expect_pure
 from mteditflow.testing.law import (
     Laws,
     call,
@@ -27,7 +27,11 @@ from mteditflow.testing.law import (
     refuses,
 )
 from mteditflow.testing.options import Subject, check_choice
+from mteditflow.testing.reports import Raised
 from mteditflow.testing.strategies import LOST, TurnBatch, turn_batches
+
+#: Usual scores, tried where a function raises on those that it is said to accept.
+_SCALES = ((0.0, 1.0), (1.0, 5.0), (0.0, 10.0), (1.0, 10.0), (-1.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,27 @@ class TurnFunction(Subject):
         result = call(self.function, case, score.clone(), turn_mask=turn_mask.clone())
         expect_memory(result, case)
         return expect_array(result, score.shape[: self.axes], case)
+
+    def misfit(self) -> str | None:
+        """Return scores that the function accepts if it raises on the stated ones, or ``None``."""
+        raised = [self._raises(values) for values in (tuple(self.values), *_SCALES)]
+        fitting = [x for x, error in zip(_SCALES, raised[1:], strict=True) if error is None]
+        if raised[0] is None or raised[0].of_the_call or not fitting:
+            return None
+        expected, got = (" ".join(f"{x:g}" for x in values) for values in (fitting[0], self.values))
+        return (
+            f"values: expected scores that the function accepts, such as {expected}, got {got}, "
+            f"which gives {raised[0]}"
+        )
+
+    def _raises(self, values: tuple[float, ...]) -> Raised | None:
+        """Return the exception on a chain of these scores, or ``None``."""
+        score = torch.tensor([values], dtype=torch.float64, device="cpu")
+        try:
+            self.function(score, turn_mask=torch.ones_like(score, dtype=torch.bool))
+        except (Exception, SystemExit) as error:
+            return Raised(error)
+        return None
 
     def case(self, batch: TurnBatch, **more: object) -> Mapping[str, object]:
         """Return the arguments by name."""
@@ -107,6 +132,21 @@ TURNS: Laws[TurnFunction] = Laws("turns", TurnFunction)
 
 
 @TURNS.law(
+    why="Scores are logged and reused after the call, by another credit or for another reward.",
+)
+def pure(f: TurnFunction, data: DataObject) -> None:
+    """Scores and masks are left as they were, and a second call gives the same."""
+    batch = data.draw(f.batches())
+    case = f.case(batch)
+
+    def result(x: Mapping[str, Tensor]) -> Tensor:
+        found = call(f.function, case, x[f.argument], turn_mask=x["turn_mask"])
+        return expect_array(found, batch.score.shape[: f.axes], case)
+
+    expect_pure(result, {f.argument: batch.score, "turn_mask": batch.turn_mask}, case)
+
+
+@TURNS.law(
     why="A batch statistic inside an aggregator makes a reward depend on other prompts of the "
     "round.",
 )
@@ -148,6 +188,17 @@ def padding_equals_deletion(f: TurnFunction, data: DataObject) -> None:
         own = f(batch.score[chain : chain + 1, :length], exists)
         here = got[chain : chain + 1] if got.ndim == 1 else got[chain : chain + 1, :length]
         expect_close(here, own, f.case(batch), tolerance=f.tolerance)
+
+
+@TURNS.law(
+    why="A mean of 1/3 and one of 0.334 are equal in bfloat16: chains of different scores tie.",
+)
+def precision(f: TurnFunction, data: DataObject) -> None:
+    """Float64 scores give a result in no half precision."""
+    batch = data.draw(f.batches())
+    case = f.case(batch)
+    result = call(f.function, case, batch.score.clone(), turn_mask=batch.turn_mask.clone())
+    expect_no_half(result, case)
 
 
 @TURNS.law(
@@ -227,7 +278,8 @@ def informative(f: Aggregator, data: DataObject) -> None:
 
 @AGGREGATOR.law(
     why="A weight by position in the chain should be intended, not an indexing error.",
-    skip=lambda f: None if f.any_order else "the order of turns matters",
+    skip=lambda f: None if f.any_order else "--no-any-order: the order of turns matters",
+    options=("--no-any-order",),
 )
 def turn_order(f: Aggregator, data: DataObject) -> None:
     """The order of turns changes nothing."""
@@ -241,7 +293,7 @@ def turn_order(f: Aggregator, data: DataObject) -> None:
 
 @AGGREGATOR.law(
     why="Judges return integers; a mean computed in an integer dtype is rounded down.",
-    skip=lambda f: None if all(float(x).is_integer() for x in f.values) else "scores are fractions",
+    skip=lambda f: None if all(float(x).is_integer() for x in f.values) else "--values: fractions",
 )
 def whole_numbers(f: Aggregator, data: DataObject) -> None:
     """Integer and boolean scores are refused, or give what the same numbers give as floats."""
@@ -257,6 +309,7 @@ def whole_numbers(f: Aggregator, data: DataObject) -> None:
 
 @CREDIT.law(
     why="A return that includes the past rewards a turn for what happened before it.",
+    options=("--reads",),
 )
 def causal(f: TurnCreditFunction, data: DataObject) -> None:
     """A turn's credit depends only on itself and the turns that it may read."""
@@ -280,14 +333,15 @@ def padding_is_zero(f: TurnCreditFunction, data: DataObject) -> None:
     """A padded turn gets credit 0."""
     batch = data.draw(f.batches())
     got = f(*batch)
-    padding = got[~batch.turn_mask]
-    if not torch.equal(padding, torch.zeros_like(padding)):
-        fail(f.case(batch), "0 in padded turns", got)
+    wrong = ~batch.turn_mask & (got != 0)
+    if bool(wrong.any()):
+        fail(f.case(batch), "0 in padded turns", got, wrong=wrong)
 
 
 @CREDIT.law(
     why="No turn follows it; other credit trains it toward the results of other turns.",
-    skip=lambda f: None if f.reads == "later" else "a turn reads earlier ones",
+    skip=lambda f: None if f.reads == "later" else "--reads: a turn reads earlier ones",
+    options=("--reads",),
 )
 def last_turn(f: TurnCreditFunction, data: DataObject) -> None:
     """The credit of a chain's last turn is its own reward."""
@@ -299,7 +353,8 @@ def last_turn(f: TurnCreditFunction, data: DataObject) -> None:
 
 @CREDIT.law(
     why="Only then do weights of several rewards mean the same before and after credit assignment.",
-    skip=lambda f: None if f.linear else "the credit is not linear",
+    skip=lambda f: None if f.linear else "--no-linear: the credit is not linear",
+    options=("--no-linear",),
 )
 def linear(f: TurnCreditFunction, data: DataObject) -> None:
     """The credit of a sum of rewards is the sum of their credits."""

@@ -151,6 +151,11 @@ def lost_keep_their_advantage(reward, group, valid=None):
     return in_groups(sound)(reward.nan_to_num(0, 0, 0).clamp(-99, 99), group)
 
 
+def stopped_by_lost_batches(reward, group, valid=None):
+    keep = torch.ones_like(reward, dtype=torch.bool) if valid is None else valid
+    return in_groups(sound)(reward - reward[keep].min(), group, valid)
+
+
 def mask_by_product(reward, group, valid=None):
     keep = torch.ones_like(reward) if valid is None else valid.to(reward)
     return in_groups(sound)(reward, group, valid) + 0 * (reward * keep)
@@ -208,6 +213,28 @@ def accumulated_in_half(reward, group, valid=None):
         return torch.zeros_like(x) if len(x) < 2 else (x - x.mean()) / (x.std(correction=0) + 1e-2)
 
     return in_groups(whitened)(reward, group, valid)
+
+
+def mask_in_place(reward, group, valid=None):
+    advantage = in_groups(sound)(reward, group, valid)
+    if valid is not None:
+        valid.fill_(True)
+    return advantage
+
+
+def lost_in_place(reward, group, valid=None):
+    """Lost rewards become 0 in the caller's tensor, too."""
+    if valid is not None:
+        reward[~valid] = 0
+    return in_groups(sound)(reward, group, valid)
+
+
+def std_of_the_lost(reward, group, valid=None):
+    """A leak across the mask: the mean is that of valid members, the std that of all."""
+    kept = torch.ones_like(reward, dtype=torch.bool) if valid is None else valid
+    scale = in_groups(lambda x: x.std(correction=0).expand(len(x)) + 1e-4)
+    own, all_ = (scale(torch.where(kept, reward, 0), group, mask) for mask in (kept, None))
+    return torch.where(kept, in_groups(sound)(reward, group, valid) * own / all_, 0)
 
 
 def cut_to_int32(reward, group, valid=None):
@@ -315,6 +342,7 @@ ADVANTAGE = [
     ("groups must be neighbors", advantage(runs_of_equal_ids), "permutation"),
     ("a lost reward counts as 0", advantage(lost_as_zero), "mask-equals-deletion"),
     ("a lost reward is trained", advantage(lost_keep_their_advantage), "mask-equals-deletion"),
+    ("no valid member is an error", advantage(stopped_by_lost_batches), "mask-equals-deletion"),
     ("a mask by multiplication", advantage(mask_by_product), "invalid-never-read"),
     ("rewards in bfloat16", advantage(in_half), "float32-accuracy"),
     ("a constant in the default dtype", advantage(default_dtype), "default-dtype-and-device"),
@@ -322,6 +350,14 @@ ADVANTAGE = [
     ("a gradient to the reward", advantage(with_gradient, detaches=True), "no-gradient"),
     ("the argument changed in place", advantage(in_place), "pure"),
     ("the ids changed in place", advantage(ids_in_place), "pure"),
+    ("the mask changed in place", advantage(mask_in_place), "pure"),
+    ("lost rewards changed in place", advantage(lost_in_place), "pure"),
+    ("a std over lost members", advantage(std_of_the_lost), "mask-equals-deletion"),
+    (
+        "a result in float16",
+        advantage(lambda *x: in_groups(sound)(*x).half(), signature="tensors"),
+        "float32-accuracy",
+    ),
     (
         "ids counted up to the largest",
         advantage(counted_ids, signature="numpy", std="none"),
@@ -379,6 +415,10 @@ def sum_of_turns(score, turn_mask):
     return torch.where(turn_mask, score, 0).sum(1)
 
 
+def padding_in_place(score, turn_mask):
+    return mean_of_turns(score.masked_fill_(~turn_mask, 0), turn_mask)
+
+
 def whitened_chains(score, turn_mask):
     mean = mean_of_turns(score, turn_mask)
     return mean - mean.mean()
@@ -403,6 +443,12 @@ AGGREGATOR = [
     ("ones on the default device", Aggregator(on_the_default_device), "default-dtype-and-device"),
     ("weights in the default dtype", Aggregator(default_dtype_mean), "default-dtype-and-device"),
     ("whitened over the batch", Aggregator(whitened_chains), "chains-independent"),
+    ("padding zeroed in place", Aggregator(padding_in_place), "pure"),
+    (
+        "a result in bfloat16",
+        Aggregator(lambda s, turn_mask: mean_of_turns(s, turn_mask).bfloat16()),
+        "precision",
+    ),
     ("a constant", Aggregator(lambda s, turn_mask: torch.ones(len(s))), "informative"),
     (
         "failures count",
@@ -440,7 +486,20 @@ def without_own(reward, turn_mask):
     return torch.where(turn_mask, returns(reward, turn_mask) - reward, 0)
 
 
+def shared_with_the_next_turn(reward, turn_mask):
+    """Off by one: a turn gets the return of the turn before it."""
+    return torch.where(turn_mask, returns(reward, turn_mask).roll(1, dims=1), 0)
+
+
+def rewards_used_up(reward, turn_mask):
+    credit_ = returns(reward, turn_mask)
+    reward.zero_()
+    return credit_
+
+
 CREDIT = [
+    ("the return of the turn before", credit(shared_with_the_next_turn), "last-turn"),
+    ("the rewards are used up", credit(rewards_used_up), "pure"),
     ("the past is paid", credit(past_returns), "causal"),
     ("padding gets credit", credit(chain_in_padding), "padding-is-zero"),
     ("a turn's own reward is left out", credit(without_own), "last-turn"),
@@ -502,6 +561,37 @@ def unmeasured_as_lost(rewards, weights, group, valid=None, measured=None):
     return fused(rewards, weights, group, valid)
 
 
+def fused_through_float32(rewards, weights, group, valid=None):
+    return fused(rewards, weights, group.float(), valid)
+
+
+def about_the_kept(rewards, weights, group, valid=None):
+    """Shifted by the mean of all valid rewards, which no valid reward has."""
+    valid = torch.ones_like(group, dtype=torch.bool) if valid is None else valid
+    kept = {name: torch.where(valid, x, 0) for name, x in rewards.items()}
+    shifted = {name: x - x[valid].mean() for name, x in kept.items()}
+    return fused(shifted, weights, group, valid) + 0 * sum(shifted.values())
+
+
+def weights_in_place(rewards, weights, group, valid=None):
+    advantage = fused(rewards, weights, group, valid)
+    for name in weights:
+        weights[name] /= 4
+    return advantage
+
+
+def rewards_in_place(rewards, weights, group, valid=None):
+    advantage = fused(rewards, weights, group, valid)
+    for reward in rewards.values():
+        reward -= reward.mean()
+    return advantage
+
+
+def fused_in_the_default_dtype(rewards, weights, group, valid=None):
+    third = torch.tensor(1 / 3, device=group.device).double()
+    return 3 * third * fused(rewards, weights, group, valid)
+
+
 def centered(x):
     return x - x.mean()
 
@@ -522,6 +612,26 @@ FUSION = [
         "common-factor",
     ),
     ("a lost reward counts as 0", Fusion(lost_as_zero_everywhere), "mask-equals-deletion"),
+    ("NaN where all rewards are lost", Fusion(about_the_kept), "mask-equals-deletion"),
+    ("ids pass through float32", Fusion(fused_through_float32), "relabeled-groups"),
+    ("the weights changed in place", Fusion(weights_in_place), "pure"),
+    ("the rewards changed in place", Fusion(rewards_in_place), "pure"),
+    ("half the size", Fusion(lambda *x, **mask: fused(*x, **mask) / 2), "size"),
+    (
+        "std of the sample, unannounced",
+        Fusion(partial(fused, transform=partial(sound, ddof=1))),
+        "size",
+    ),
+    (
+        "a result in float16",
+        Fusion(lambda *x, **mask: fused(*x, **mask).half()),
+        "float32-accuracy",
+    ),
+    (
+        "a constant in the default dtype",
+        Fusion(fused_in_the_default_dtype),
+        "default-dtype-and-device",
+    ),
     ("nothing to measure counts as 0", Fusion(unmeasured_as_zero), "unmeasured"),
     ("nothing to measure counts as lost", Fusion(unmeasured_as_lost), "unmeasured"),
 ]
@@ -563,7 +673,13 @@ def differing_from_the_row_before(reward, group, valid):
     return torch.tensor([bool(other[group == g].any()) for g in group.tolist()]) & valid
 
 
+def mask_narrowed(reward, group, valid):
+    valid &= informative(reward, group, valid)
+    return valid.clone()
+
+
 SELECTION = [
+    ("the mask is narrowed in place", Selection(mask_narrowed), "pure"),
     (
         "compared with the row before",
         Selection(differing_from_the_row_before),
@@ -581,6 +697,21 @@ SELECTION = [
         "informative-groups-kept",
     ),
     ("groups must be neighbors", Selection(neighbors_alone), "permutation"),
+    (
+        "ids pass through float32",
+        Selection(lambda r, g, valid: informative(r, g.float(), valid)),
+        "relabeled-groups",
+    ),
+    (
+        "ids cut to int32",
+        Selection(lambda r, g, valid: informative(r, g.int(), valid)),
+        "relabeled-groups",
+    ),
+    (
+        "no valid member is an error",
+        Selection(lambda r, g, valid: informative(r, g, valid & (r >= r[valid].min()))),
+        "informative-groups-kept",
+    ),
     ("default dtype of counts", Selection(counted_in_default_dtype), "default-dtype-and-device"),
 ]
 
@@ -668,6 +799,16 @@ def good_samples_alone(log_prob, old_log_prob, advantage):
     return surrogate(log_prob, old_log_prob, advantage.clamp(min=0))
 
 
+def advantages_in_place(log_prob, old_log_prob, advantage):
+    loss = surrogate(log_prob, old_log_prob, advantage)
+    advantage.mul_(0.5)
+    return loss
+
+
+def clipped_above_alone(log_prob, old_log_prob, advantage):
+    return surrogate(log_prob, old_log_prob, advantage, low=1.0)
+
+
 def over_the_std(log_prob, old_log_prob, advantage):
     return surrogate(2 * log_prob, 2 * old_log_prob, advantage)
 
@@ -678,6 +819,8 @@ POLICY_LOSS = [
     ("log-probs counted twice", policy(over_the_std), "policy-gradient"),
     ("maximum in place of minimum", policy(maximum_in_place_of_minimum), "clipped-side"),
     ("an exponential that overflows", policy(overflowing), "far-ratios"),
+    ("advantages changed in place", policy(advantages_in_place), "pure"),
+    ("clipped above alone", policy(clipped_above_alone), "clipped-side"),
     ("both sides clipped", policy(both_sides_clipped), "wrong-side"),
     ("a range tighter below", policy(tighter_below), "inside-the-range"),
     ("a range tighter above", policy(tighter_above), "inside-the-range"),
@@ -724,6 +867,12 @@ def summed(velocity, old_velocity, target, r, *, nft_beta):
     return elements * nft(velocity, old_velocity, target, r, nft_beta=nft_beta)
 
 
+def summed_over_channels(velocity, old_velocity, target, r, *, nft_beta):
+    """A mean over all axes but the second; the flat latents of most tests have two elements."""
+    channels = velocity.shape[1] / 2
+    return channels * nft(velocity, old_velocity, target, r, nft_beta=nft_beta)
+
+
 def lost_as_undecided(velocity, old_velocity, target, r, *, nft_beta, valid=None):
     if valid is not None:
         r = torch.where(valid, r, 0.5)
@@ -738,10 +887,16 @@ NFT_LOSS = [
     ),
     ("a pull to the old policy on top", NFTLoss(weighted_apart), "minimum"),
     ("a sum over elements", NFTLoss(summed), "flow-matching"),
+    ("a sum over channels", NFTLoss(summed_over_channels), "latent-shape"),
     ("a lost row has r = 1/2", NFTLoss(lost_as_undecided, valid="valid"), "mask-equals-deletion"),
 ]
 
 MATCHING = {"velocity": "latent", "target": "latent"}
+
+
+def mean_over_the_valid(velocity, target, valid):
+    rows = torch.where(valid[:, None], velocity - target.detach(), 0).square().flatten(1).mean(1)
+    return rows.sum() / valid.sum()
 
 
 def by_norm(velocity, target):
@@ -788,9 +943,21 @@ LOSS = [
     ("a detached prediction", Loss(nothing_trained, MATCHING, ("velocity",)), "second-derivatives"),
     ("a sum in half precision", Loss(summed_when_half, MATCHING, ("velocity",)), "half-precision"),
     (
+        "0 / 0 where all rows are masked",
+        Loss(mean_over_the_valid, MATCHING, ("velocity",), "mean", "valid"),
+        "mask-equals-deletion",
+    ),
+    (
         "a check that reads values",
         Loss(with_a_check_of_values, MATCHING, ("velocity",)),
         "under-vmap",
+    ),
+    (
+        "a mean over one axis alone",
+        Loss(
+            lambda velocity, target: (velocity - target).square().mean(1), MATCHING, ("velocity",)
+        ),
+        "latent-shape",
     ),
     ("a root at error 0", Loss(root_of_squares, MATCHING, ("velocity",)), "finite"),
     (

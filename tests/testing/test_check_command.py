@@ -50,7 +50,33 @@ async def asynchronous(reward, group):
 def yields(reward, group):
     yield from reward
 
+def nullary():
+    return 0
+
+def records(items):
+    reward, group = np.array([[x["reward"] or 0, x["group"]] for x in items]).T
+    return list(right(reward, group))
+
+def in_torch(reward, group):
+    return torch.zeros_like(reward)
+
+def mean_surrogate(log_prob, old_log_prob, advantage):
+    return surrogate(log_prob, old_log_prob, advantage).mean()
+
+def likert(score, turn_mask):
+    if score.min() < 1:
+        raise ValueError("likert: expected 1 to 5")
+    return Methods.mean(score, turn_mask)
+
+class Tracker:
+    def update(self, prompts, rewards):
+        return right(rewards, np.unique(prompts, return_inverse=True)[1])
+
 class Methods:
+    @staticmethod
+    def credit(reward, turn_mask):
+        return torch.where(turn_mask, reward, 0)
+
     @staticmethod
     def mean(score, turn_mask):
         return (torch.where(turn_mask, score, 0).double().sum(1) / turn_mask.sum(1))
@@ -160,8 +186,45 @@ def test_kinds_and_their_options(capsys, words):
             "function: expected a function, got the class Methods; pass an instance",
         ),
         (
+            ("advantage", "USER:nullary", "--signature", "verl"),
+            "function: a call of the kind advantage raises the exception TypeError: nullary() take",
+        ),
+        (
             ("advantage", "USER:right", "--signature", "verl"),
-            "function: a call of the kind advantage raises the exception TypeError: right() takes",
+            "signature: expected numpy for this function, got verl (fn(token_level_rewards, ",
+        ),
+        (  # numpy takes tensors, and returns arrays
+            ("advantage", "USER:right"),
+            "signature: expected numpy for this function, got mteditflow (fn(reward, group, ",
+        ),
+        (
+            ("advantage", "USER:records"),
+            "signature: expected records for this function, got mteditflow (fn(reward, group, ",
+        ),
+        (
+            ("advantage", "USER:in_torch"),
+            "signature: expected tensors for this function, got mteditflow (fn(reward, group, ",
+        ),
+        (
+            ("advantage", "USER:in_torch", "--signature", "numpy"),
+            "signature: expected tensors for this function, got numpy (fn(reward, group), numpy",
+        ),
+        (
+            ("advantage", "USER:Tracker"),
+            "signature: expected flow-grpo for the class Tracker, got mteditflow",
+        ),
+        (
+            ("policy-loss", "USER:mean_surrogate", "--clip-low", "none", "--clip-high", "none"),
+            "reduction: expected mean for a result of shape [], got none",
+        ),
+        (
+            ("aggregator", "USER:likert"),
+            "values: expected scores that the function accepts, such as 1 5, got 0 1, which gives "
+            "the exception ValueError: likert: expected 1 to 5",
+        ),
+        (  # a credit
+            ("aggregator", "USER:Methods.credit"),
+            "function: expected shape [1], got shape [1, 1]",
         ),
         (
             ("advantage", "USER:nothing", "--signature", "numpy"),

@@ -1,6 +1,7 @@
 """How laws search: the smallest case, the same one every time, and what a message has in it."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from mteditflow.testing import (
 from mteditflow.testing.advantage import ADVANTAGE
 from mteditflow.testing.densities import Density
 from mteditflow.testing.fusion import Fusion
+from mteditflow.testing.law import expect_close
 from mteditflow.testing.losses import LOSS
 from mteditflow.testing.policy_losses import POLICY_LOSS
 from mteditflow.testing.signatures import SIGNATURES, Signature
@@ -85,7 +87,8 @@ def test_the_message_has_the_smallest_case_and_why_it_matters():
         "  expected advantages of group 0 that add up to 0\n"
         "  got      0.125, of [0.125]\n"
         "  Why it matters: What is left over pushes every sample of the group up or down, whatever "
-        "the policy did."
+        "the policy did.\n"
+        "  Not a property of your function? Leave the law out: --without zero-sum"
     )
 
 
@@ -173,6 +176,31 @@ def test_the_argument_that_changed_is_named():
         ADVANTAGE["pure"].check(GroupAdvantage(moves_ids, "numpy"))
 
 
+@pytest.mark.parametrize("kind", ["fusion", "selection"])
+def test_fusion_and_selection_draw_moderate_ids_first(kind):
+    largest = []
+
+    def counts(*arguments, valid=None):
+        group = arguments[-1]
+        largest.append(int(group.abs().max()))
+        if int(group.min()) < 0:
+            raise ValueError("negative")
+        same = group[:, None] == group
+        if kind == "selection":
+            reward = arguments[0]
+            differs = same & valid[:, None] & valid & (reward[:, None] != reward)
+            return differs.any(1)
+        rewards, weights, _ = arguments
+        return mt.fuse_advantages(rewards, weights, group, valid=valid)
+
+    laws = laws_of(kind)
+    subject = laws.subject(counts)
+    names = [law.name for law in laws if law.skip(subject) is None]
+    found = [r.broken.law for r in laws.results(subject, only=names, examples=20) if r.broken]
+    assert found == ["relabeled-groups"]
+    assert max(largest) <= 10**5
+
+
 def test_milder_cases_come_first_and_a_law_that_they_break_draws_no_others():
     largest = []
 
@@ -218,7 +246,7 @@ def test_an_exception_is_shown_once_and_a_call_that_does_not_fit_is_refused():
     assert str(b.value).count("the exception TypeError: inside") == 1
     assert "Why it matters" not in str(b.value)
     with pytest.raises(TypeError, match=r"^function: a call of the kind advantage raises the "):
-        check_group_advantage(lambda reward: reward, signature="numpy", examples=1)
+        check_group_advantage(lambda: 0, signature="numpy", examples=1)
 
 
 def test_what_a_law_does_with_a_result_ends_in_no_traceback():
@@ -256,7 +284,7 @@ def test_a_required_mask_is_always_passed_and_an_optional_one_where_it_says_some
         masks.append(valid)
         return numpy_advantage(reward, group, valid)
 
-    check_group_advantage(required, signature="numpy", only=["shift", "pure"], examples=3)
+    check_group_advantage(required, signature="numpy", only=["shift", "permutation"], examples=3)
     assert masks
     assert all(mask.all() for mask in some(masks))
 
@@ -295,6 +323,66 @@ def test_long_lists_are_shortened_and_the_pair_is_named():
     assert re.search(
         r"differ by -2: 0.0 - 1.0, over a std \(group, ddof=0\) of 0.5", str(size.value)
     )
+
+
+def test_the_first_wrong_entry_and_its_group_are_named():
+    """The message shows eight of 64 entries: the wrong one need not be among them."""
+
+    def ninth_of_a_group_raw(reward, group):
+        out = numpy_advantage(reward, group)
+        for name in np.unique(group):
+            members = np.flatnonzero(group == name)[8:9]
+            out[members] = reward[members] + 9
+        return out
+
+    def third_row_wrong(score, turn_mask):
+        out = torch.where(turn_mask, score, 0)
+        return out + torch.where(turn_mask, 0, 1) * (torch.arange(len(score)) == 2)[:, None]
+
+    subject = GroupAdvantage(ninth_of_a_group_raw, "numpy", float32=True)
+    with pytest.raises(LawBroken) as broken:
+        ADVANTAGE["large-groups"].check(subject, examples=5)
+    assert "first wrong" not in str(broken.value)  # the sum is
+    reward, group = broken.value.case["reward"], broken.value.case["group"]
+    name = int(group[broken.value.wrong][0])
+    members = (group == name).nonzero()[:, 0].tolist()
+    shown = ", ".join(map(str, members[:6]))
+    assert f"\n  members of group {name}: entries [{shown}, ..., " in str(broken.value)
+    assert f"; reward [{reward[members[0]].item()}, " in str(broken.value)
+    with pytest.raises(LawBroken) as broken:
+        laws_of("credit")["padding-is-zero"].check(TurnCreditFunction(third_row_wrong))
+    assert "\n  first wrong: entry [2, 1]: got 1.0\n" in str(broken.value)
+    case = {"group": torch.tensor([5, 7, 5]), "reward": torch.tensor([1.0, 2.0, 3.0])}
+    with pytest.raises(LawBroken) as broken:
+        expect_close(torch.tensor([0.0, 0.0, 1.0]), torch.zeros(3), case, tolerance=0)
+    assert (
+        "\n  first wrong: entry 2 of group 5: expected 0.0, got 1.0\n"
+        "  members of group 5: entries [0, 2]; reward [1.0, 3.0] (float32)"
+    ) in str(broken.value)
+
+
+def test_every_law_names_options_of_its_own_kind():
+    """As the last line of its report, and where it is skipped."""
+    for kind, laws in some(KINDS.items()):
+        known = {f"--{x.name.replace('_', '-')}" for x in fields(laws.subject)} | {"--without"}
+        for law in laws:
+            named = set(re.findall(r"--[\w-]+", law.switch))
+            assert {x.replace("--no-", "--") for x in named} <= known, (kind, law.name)
+            assert law.switch.endswith(f"out: --without {law.name}")
+
+
+def test_a_batch_may_have_no_valid_member():
+    for size in some((1, 5)):
+        lost = find(
+            reward_batches(), lambda b, n=size: len(b.valid) >= n and not b.valid.any(),
+            settings=FIRST,
+        )  # fmt: skip
+        assert not lost.valid.any()
+
+    def lost_group(batch):
+        return [bool(batch.valid[batch.group == g].any()) for g in set(batch.group.tolist())]
+
+    assert find(reward_batches(), lambda b: {*lost_group(b)} == {True, False}, settings=FIRST)
 
 
 def test_a_function_may_refuse_small_groups_if_it_is_announced():
@@ -759,7 +847,7 @@ def test_a_mean_over_rows_is_checked_as_one():
             lambda *x: 2 * mean_loss(*x), reduction="mean", valid=None, only=["on-policy-gradient"]
         )
     subject = PolicyLoss(mean_loss, "mean", None).loss
-    assert LOSS["slice-equals-whole"].skip(subject) == "the loss is a mean over rows"
+    assert LOSS["slice-equals-whole"].skip(subject) == "--reduction: the loss is a mean over rows"
 
 
 # models
