@@ -277,6 +277,14 @@ def test_golden_overall():
     assert math.isnan(overall(torch.tensor(NAN), torch.tensor(1.0)).item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_overall_of_half_precision_is_float32(dtype):
+    following, consistency = torch.tensor([0.5977, 0.9532], dtype=dtype)
+    found = overall(following, consistency)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(math.sqrt(following.item() * consistency.item()))
+
+
 def test_overall_errors():
     with pytest.raises(
         ValueError, match=r"^following: expected values >= 0, got -0\.5 at index \[1\]$"
