@@ -349,6 +349,16 @@ def test_wilsons_interval_solves_the_score_equation():
             torch.testing.assert_close((found.estimate - end) ** 2, expected, rtol=1e-6, atol=0)
 
 
+def test_wilson_of_a_tiny_count_and_of_a_confidence_near_1_stays_within_0_and_1():
+    # z = 1.96: a count of nearly nothing tells nothing, whatever its share
+    assert [x.item() for x in wilson_interval(0.0, 1e-300)] == [0.0, 0.0, 1.0]
+    share, low, high = wilson_interval(5e-301, 1e-300)
+    assert share == 0.5
+    assert (low.item(), high.item()) == pytest.approx((0.0, 1.0), abs=1e-12)
+    _, low, high = wilson_interval(1, 3, confidence=1 - 2.0**-53)
+    assert 0 < low < 0.02 < 0.9 < high < 1
+
+
 def test_wilson_of_no_case_is_nan_and_errors_are_named():
     assert all(x.isnan() for x in some(wilson_interval(0, 0)))
     message = "successes: expected a number from 0 to count, got 3.0 at index [0]"
