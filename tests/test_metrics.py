@@ -567,6 +567,18 @@ def test_resamples_without_a_value_are_left_out():
     assert [t.item() for t in interval] == [0.5, 0.5, 0.5]
 
 
+def test_resamples_with_an_infinite_statistic_count():
+    """1 over the number of successes: infinite in the 1 of 4 resamples of two without one."""
+    x = torch.tensor([1.0, 0.0])
+    interval = bootstrap_interval(lambda s: 1 / s.sum(), x, generator=seeded(), resamples=200)
+    assert [t.item() for t in interval] == [1.0, 0.5, torch.inf]
+    least = bootstrap_interval(lambda s: -1 / s.sum(), x, generator=seeded(), resamples=200)
+    assert [t.item() for t in least] == [-1.0, -torch.inf, -0.5]
+    between = torch.tensor([[1.0], [2.0], [torch.inf], [torch.inf]])
+    assert intervals._quantile(between, 0.5).tolist() == [torch.inf]
+    assert intervals._quantile(-between, 0.5).tolist() == [-torch.inf]
+
+
 @pytest.mark.parametrize("vectorized", [False, True])
 def test_an_interval_of_nan_is_nan(vectorized):
     """The mean of [NaN, 2, 3] is NaN; that of the resamples without the first is not."""

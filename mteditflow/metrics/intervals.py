@@ -127,8 +127,17 @@ def bootstrap_interval(
         found = torch.stack([replicate(draw) for draw in draws])
     (replicates,) = in_float64(found)
     tail = (1 - confidence) / 2
-    low, high = (replicates.nanquantile(q, dim=0).to(estimate) for q in (tail, 1 - tail))
+    low, high = (_quantile(replicates, q).to(estimate) for q in (tail, 1 - tail))
     return Interval(estimate, *(torch.where(estimate.isnan(), estimate, x) for x in (low, high)))
+
+
+def _quantile(x: Tensor, q: float) -> Tensor:
+    """Return the quantile over the first axis of the entries that are not NaN."""
+    below, above = (x.nanquantile(q, dim=0, interpolation=how) for how in ("lower", "higher"))
+    # Interpolation would give inf - inf; the sum is infinite where one of the two is.
+    finite = below.isfinite() & above.isfinite()
+    between = torch.where(finite, x.nanquantile(q, dim=0), below + above)
+    return torch.where(below == above, below, between)
 
 
 def _vectorized(replicate: Callable[[Tensor], Tensor], draws: Tensor, size: int) -> Tensor:
