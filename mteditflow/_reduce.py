@@ -68,7 +68,7 @@ def broadcast_rows(name: str, value: float | Numbers, x: Tensor) -> Tensor:
         leading = leading[:-1]
     # All ones stands for one number for all rows. A [1] beside several rows is refused instead: it
     # is more likely a batch of the wrong size.
-    whole = value.ndim in (0, x.ndim) or x.shape[:1] == (1,)
+    whole = value.ndim == 0 or value.ndim == x.ndim > 1 or x.shape[:1] == (1,)
     if leading != x.shape[: len(leading)] or (ones and not whole):
         raise ValueError(
             f"{name}: expected a number or a tensor whose shape is a leading part of "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -86,7 +86,9 @@ def update_old_policy(old: Iterable[Tensor], current: Iterable[Tensor], *, decay
         decay: d in [0, 1]; 0 copies exactly, 1 leaves the old policy as it is.
 
     Raises:
-        ValueError: numbers or shapes of parameters differ, or the decay is out of range.
+        ValueError: numbers or shapes of parameters differ, the decay is out of range, or one of
+            ``old`` cannot be changed in place or is listed twice, as tied weights are in a
+            ``state_dict``: the decay would act on it twice.
         TypeError: a parameter is not floating point, or one of ``old`` is half precision and the
             decay is not 0, because small EMA steps would be rounded away.
 
@@ -109,9 +111,37 @@ def update_old_policy(old: Iterable[Tensor], current: Iterable[Tensor], *, decay
         check_policy(**{f"old[{position}]": theirs})
         check_floating(**{f"current[{position}]": ours})
         check_shape(f"current[{position}]", ours, theirs.shape, f"of old[{position}]")
+    _check_writable(old)
     for theirs, ours in zip(old, current, strict=True):
         # lerp reads both ends even at weight 0 or 1, so a NaN in the unused one would remain.
         if decay == 0:
             theirs.copy_(ours)
         elif decay < 1:
             theirs.lerp_(ours.to(theirs), 1 - decay)
+
+
+def _check_writable(old: Sequence[Tensor]) -> None:
+    """Raise ``ValueError`` unless all parameters can be changed in place, each once."""
+    places: dict[tuple[object, ...], int] = {}
+    for position, x in enumerate(old):
+        if x.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(
+                f"old[{position}]: expected a tensor that can be changed, got one made in "
+                "inference mode; clone it"
+            )
+        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+            raise ValueError(
+                f"old[{position}]: expected memory for each element, got an expanded tensor of "
+                f"strides {list(x.stride())}; clone it"
+            )
+        try:
+            pointer = x.data_ptr()
+        except RuntimeError:  # fake tensors
+            pointer = 0
+        place = (x.device, pointer, x.shape, x.stride())
+        # 0: no memory, as on the meta device or of sharded weights between their uses.
+        if pointer and places.setdefault(place, position) != position:
+            raise ValueError(
+                f"old[{position}]: expected each parameter once, got old[{places[place]}] again; "
+                "module.parameters() lists tied weights once"
+            )

@@ -38,6 +38,12 @@ def test_groups_of_any_magnitude_beside_each_other():
     )
 
 
+def test_a_group_without_a_valid_reward_beside_huge_ones():
+    reward = torch.tensor([torch.nan, 1e300], dtype=torch.float64)
+    got = mt.group_advantage(reward, [0, 1], valid=[False, True], std="batch", eps=0.0)
+    assert got.tolist() == [0.0, 0.0]
+
+
 def test_eps_is_in_the_unit_of_the_reward():
     reward = torch.tensor([0.0, 2e-200], dtype=torch.float64)
     got = mt.group_advantage(reward, GROUP[:2], eps=1e-4)

@@ -277,6 +277,14 @@ def test_golden_overall():
     assert math.isnan(overall(torch.tensor(NAN), torch.tensor(1.0)).item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_overall_of_half_precision_is_float32(dtype):
+    following, consistency = torch.tensor([0.5977, 0.9532], dtype=dtype)
+    found = overall(following, consistency)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(math.sqrt(following.item() * consistency.item()))
+
+
 def test_overall_errors():
     with pytest.raises(
         ValueError, match=r"^following: expected values >= 0, got -0\.5 at index \[1\]$"
@@ -339,6 +347,16 @@ def test_wilsons_interval_solves_the_score_equation():
         for end in some(found[1:]):
             expected = z**2 * end * (1 - end) / 10
             torch.testing.assert_close((found.estimate - end) ** 2, expected, rtol=1e-6, atol=0)
+
+
+def test_wilson_of_a_tiny_count_and_of_a_confidence_near_1_stays_within_0_and_1():
+    # z = 1.96: a count of nearly nothing tells nothing, whatever its share
+    assert [x.item() for x in wilson_interval(0.0, 1e-300)] == [0.0, 0.0, 1.0]
+    share, low, high = wilson_interval(5e-301, 1e-300)
+    assert share == 0.5
+    assert (low.item(), high.item()) == pytest.approx((0.0, 1.0), abs=1e-12)
+    _, low, high = wilson_interval(1, 3, confidence=1 - 2.0**-53)
+    assert 0 < low < 0.02 < 0.9 < high < 1
 
 
 def test_wilson_of_no_case_is_nan_and_errors_are_named():
@@ -547,6 +565,18 @@ def test_resamples_without_a_value_are_left_out():
     x = torch.tensor([[0.5], [NAN], [NAN]])
     interval = bootstrap_interval(content_consistency, x, generator=seeded())
     assert [t.item() for t in interval] == [0.5, 0.5, 0.5]
+
+
+def test_resamples_with_an_infinite_statistic_count():
+    """1 over the number of successes: infinite in the 1 of 4 resamples of two without one."""
+    x = torch.tensor([1.0, 0.0])
+    interval = bootstrap_interval(lambda s: 1 / s.sum(), x, generator=seeded(), resamples=200)
+    assert [t.item() for t in interval] == [1.0, 0.5, torch.inf]
+    least = bootstrap_interval(lambda s: -1 / s.sum(), x, generator=seeded(), resamples=200)
+    assert [t.item() for t in least] == [-1.0, -torch.inf, -0.5]
+    between = torch.tensor([[1.0], [2.0], [torch.inf], [torch.inf]])
+    assert intervals._quantile(between, 0.5).tolist() == [torch.inf]
+    assert intervals._quantile(-between, 0.5).tolist() == [-torch.inf]
 
 
 @pytest.mark.parametrize("vectorized", [False, True])

@@ -142,6 +142,29 @@ def test_nothing_moves_when_an_error_is_raised():
         assert first.tolist() == [0.0, 0.0]
 
 
+def test_parameters_that_cannot_be_changed_or_come_twice_are_refused_before_any_change():
+    first, tied = torch.zeros(2), torch.nn.Parameter(torch.zeros(3))
+    with torch.inference_mode():
+        frozen = torch.zeros(3)
+    for last, message in some(
+        [
+            ([frozen], "old[1]: expected a tensor that can be changed, got one made in inference"),
+            ([torch.zeros(1).expand(3)], "old[1]: expected memory for each element, got an expa"),
+            ([tied, tied.detach()], "old[2]: expected each parameter once, got old[1] again; mo"),
+        ]
+    ):
+        old = [first, *last]
+        current = [torch.ones(x.shape) for x in old]
+        with pytest.raises(ValueError, match="^" + re.escape(message)):
+            update_old_policy(old, current, decay=0.5)
+        assert [x.abs().max().item() for x in old] == [0.0] * len(old)
+    whole = torch.zeros(4)  # parts of one tensor are parameters of their own
+    update_old_policy([whole[:2], whole[2:]], [torch.ones(2)] * 2, decay=0.5)
+    assert whole.tolist() == [0.5] * 4
+    empty = torch.zeros(0)  # as sharded weights are between their uses
+    update_old_policy([empty, empty], [empty, empty], decay=0.5)
+
+
 def test_update_errors():
     one, two = [torch.zeros(2)], [torch.zeros(2)]
     for decay in (-0.5, 1.5):

@@ -414,7 +414,9 @@ def _normalize(
         one_group, common = torch.zeros_like(index), given.amin(dim=0)
         value, whole = _in_range(exact * (common / given), one_group, valid)
         spread = _root_mean_square(*_deviation(value, one_group, valid), one_group)
-        scale = (spread + eps * common * whole) * (own / whole) * (given / common)
+        # Bounded, as the product may leave float64 where the group holds nothing but zeros.
+        factor = ((own / whole) * (given / common)).clamp(max=torch.finfo(own.dtype).max)
+        scale = (spread + eps * common * whole) * factor
     else:
         deviation, scale = deviation / own, given
     # 0 / 0 for a constant group with eps 0, where the deviation is exactly 0. A NaN scale is not 0,

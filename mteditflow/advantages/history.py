@@ -19,6 +19,7 @@ from mteditflow._checks import (
     check_named,
     check_rank,
     check_shape,
+    check_values,
 )
 from mteditflow.advantages.credit import Signal
 
@@ -88,7 +89,7 @@ class RewardHistory:
             Entries with other names or another number of turns count as lost.
 
         Raises:
-            ValueError: shapes do not match.
+            ValueError: shapes do not match, or a measured number is not finite.
             TypeError: ``group`` is not integer, or a mask not boolean.
         """
         group = self._check(signals, group)
@@ -115,7 +116,7 @@ class RewardHistory:
             group: integer group id of each trajectory, [B].
 
         Raises:
-            ValueError: shapes do not match.
+            ValueError: shapes do not match, or a measured number is not finite.
             TypeError: ``group`` is not integer, or a mask not boolean.
         """
         group = self._check(signals, group)
@@ -150,6 +151,9 @@ class RewardHistory:
         shape = (len(ids), signal.value.shape[1])
         for name, signal in signals.items():
             check_shape(f"signals[{name!r}]", signal.value, shape, "[B, N]")
+            # Stored as it is, it would come back as unmeasured.
+            finite = ~signal.measured | signal.value.isfinite()
+            check_values(f"signals[{name!r}]", signal.value, finite, "finite values where measured")
         return ids
 
 

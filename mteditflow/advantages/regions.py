@@ -220,7 +220,7 @@ def token_weights(
             f"latent: expected the {rows} x {columns} tokens of coverage, got {list(latent)}"
         )
     share = outside + (1 - outside) * in_float64(given)[0]
-    weight = share / _normalizer(share, normalization)
+    weight = _normalized(share, normalization)
     # An empty region (o = 0) has no weights to normalize; all 0 would delete its reward.
     weight = torch.where((share == 0).all(dim=(-2, -1), keepdim=True), 1, weight).to(given)
     if len(latent) == 2:
@@ -278,13 +278,15 @@ def region_advantage(advantages: Mapping[str, Tensor], weights: Mapping[str, Ten
     return total
 
 
-def _normalizer(share: Tensor, normalization: str) -> Tensor:
-    """Return the divisor of shares [..., h, w], [..., 1, 1]; 1 where all shares are 0."""
+def _normalized(share: Tensor, normalization: str) -> Tensor:
+    """Return normalized shares [..., h, w]; 0 where all shares are 0."""
     if normalization == "none":
-        return torch.ones_like(share[..., :1, :1])
+        return share
+    peak = share.amax(dim=(-2, -1), keepdim=True)
+    relative = share / torch.where(peak == 0, 1, peak)  # squares of tiny shares leave float64
     power = 2 if normalization == "rms" else 1
-    mean = share.pow(power).mean(dim=(-2, -1), keepdim=True).pow(1 / power)
-    return torch.where(mean == 0, 1, mean)
+    mean = relative.pow(power).mean(dim=(-2, -1), keepdim=True).pow(1 / power)
+    return relative / torch.where(mean == 0, 1, mean)
 
 
 def _membership(side: int, tile: int, like: Tensor) -> Tensor:

@@ -80,7 +80,7 @@ def softmax_advantage(
     scale = batch_std(exact, floor) if temperature is None else temperature
     # (R - max R) / gamma <= 0, so that no exponential overflows; halves, so that no difference of
     # huge rewards does.
-    below = (exact / 2 - _group_max(exact, index, mask) / 2) / (scale / 2)
+    below = (exact / 2 - _group_max(exact, index, mask) / 2) / scale * 2
     weight = torch.where(mask, below.exp(), 0)
     count = group_sum(mask.to(weight.dtype), index)
     advantage = torch.where(mask, weight * count / group_sum(weight, index) - 1, 0)

@@ -235,8 +235,14 @@ class Trajectory:
 
         Raises:
             ValueError: no trajectory is left.
+            TypeError: the index is uint8, which torch reads as a mask.
             IndexError: an index is out of range, or a mask is not [B].
         """
+        if isinstance(index, Tensor) and index.dtype == torch.uint8:
+            raise TypeError(
+                "index: expected int64 or int32 indices, or a boolean mask, got torch.uint8; "
+                "convert indices with .long() and a mask with .bool()"
+            )
         return replace(
             self,
             latents=self.latents[index],

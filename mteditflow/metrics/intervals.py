@@ -127,8 +127,17 @@ def bootstrap_interval(
         found = torch.stack([replicate(draw) for draw in draws])
     (replicates,) = in_float64(found)
     tail = (1 - confidence) / 2
-    low, high = (replicates.nanquantile(q, dim=0).to(estimate) for q in (tail, 1 - tail))
+    low, high = (_quantile(replicates, q).to(estimate) for q in (tail, 1 - tail))
     return Interval(estimate, *(torch.where(estimate.isnan(), estimate, x) for x in (low, high)))
+
+
+def _quantile(x: Tensor, q: float) -> Tensor:
+    """Return the quantile over the first axis of the entries that are not NaN."""
+    below, above = (x.nanquantile(q, dim=0, interpolation=how) for how in ("lower", "higher"))
+    # Interpolation would give inf - inf; the sum is infinite where one of the two is.
+    finite = below.isfinite() & above.isfinite()
+    between = torch.where(finite, x.nanquantile(q, dim=0), below + above)
+    return torch.where(below == above, below, between)
 
 
 def _vectorized(replicate: Callable[[Tensor], Tensor], draws: Tensor, size: int) -> Tensor:
@@ -182,11 +191,12 @@ def wilson_interval(
     check_same_shape(count=n, successes=x)
     check_values("count", n, n >= 0, "a number of cases >= 0")
     check_values("successes", x, (x >= 0) & (x <= n), "a number from 0 to count")
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
+    z = -NormalDist().inv_cdf((1 - confidence) / 2)  # of the tail: (1 + confidence) / 2 may be 1
     share = x / n
-    center = share + z**2 / (2 * n)
-    half = z * (share * (1 - share) / n + z**2 / (4 * n**2)).sqrt()
-    low, high = ((center + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    # All terms times n, so that none overflows for a weighted count near 0.
+    center = x + z**2 / 2
+    half = z * (x * (1 - share) + z**2 / 4).sqrt()
+    low, high = ((center + sign * half) / (n + z**2) for sign in (-1, 1))
     # The end at 0 or 1 is exact if all outcomes agree; rounding would move it.
     return Interval(share, torch.where(x == 0, share, low), torch.where(x == n, share, high))
 

@@ -172,6 +172,7 @@ def overall(following: Numbers, consistency: Numbers) -> Tensor:
     consistency = as_real("consistency", consistency, like=following if like is None else like)
     check_floating(following=following, consistency=consistency)
     check_same_shape(following=following, consistency=consistency)
+    following, consistency = promote(following, consistency)
     check_values("following", following, ~(following < 0), "values >= 0")
     # Two roots: the product may overflow or underflow where its root does not.
     return following.sqrt() * consistency.clamp(min=0).sqrt()

@@ -173,7 +173,8 @@ def noise_seeds(samples: Samples, rows: Tensor, key: RoundKey, *, shared: bool) 
 
     If ``shared``, seeds depend on the group id in place of the trajectory.
     """
-    owner = samples.group.cpu()[rows[:, 0]] if shared else rows[:, 0]
+    # As int64: unsigned ids do not promote. An id above its range wraps, and stays distinct.
+    owner = samples.group.cpu().long()[rows[:, 0]] if shared else rows[:, 0]
     place = torch.stack([owner, rows[:, 1], rows[:, 2]], dim=1)
     purpose, first = ("renoise of a group", 0) if shared else ("renoise", key.first)
     numbers = [key.number(purpose, first + o, n, k) for o, n, k in place.tolist()]

@@ -248,15 +248,16 @@ class ReplayObjective(Objective):
         check_count("trajectories", trajectories)
         check_count("size", size)
         exists = stored_steps(samples)[:trajectories]
-        replayed, recorded = torch.zeros(2, *exists.shape, dtype=torch.float32, device="cpu")
+        # In float64: float32 would round a deviation from a large summed log-prob away.
+        replayed, recorded = torch.zeros(2, *exists.shape, dtype=torch.float64, device="cpu")
         rows = exists.nonzero()
         every = torch.ones_like(rows[:, :1], dtype=torch.bool)
         all_steps = Units(rows[:, None], every, None, None, len(rows), starts=starts_of(samples))
         for units in all_steps.split(size):
             part = units.rows[:, 0]
             replay = self.replay(velocity, samples, units, old_is_current=True)
-            replayed[part.unbind(dim=1)] = replay.log_prob.cpu().float()
-            recorded[part.unbind(dim=1)] = replay.steps.log_prob.cpu().float()
+            replayed[part.unbind(dim=1)] = replay.log_prob.cpu().double()
+            recorded[part.unbind(dim=1)] = replay.steps.log_prob.cpu().double()
         return check_ratio(replayed, recorded, clip=self.ratio_scale, valid=exists, share=share)
 
     @property

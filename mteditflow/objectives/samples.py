@@ -166,7 +166,10 @@ class Buckets:
     @cached_property
     def group(self) -> Tensor:
         """Integer group id of each trajectory, [B]."""
-        return torch.cat([part.group for part in self.parts])
+        groups = [part.group for part in self.parts]
+        if len({group.dtype for group in groups}) > 1:  # unsigned dtypes do not promote
+            groups = [group.long() for group in groups]
+        return torch.cat(groups)
 
     @cached_property
     def turn_mask(self) -> Tensor:

@@ -196,6 +196,7 @@ def test_errors():
         RewardHistory(0)
     flat = Signal(torch.zeros(4), torch.ones(4, dtype=torch.bool))
     short = Signal(torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool))
+    infinite = Signal(torch.full((4, 2), torch.inf), torch.ones(4, 2, dtype=torch.bool))
     for signals, group, error, message in (
         ({}, NAMES, ValueError, "signals: expected at least one, got none"),
         (good, NAMES[:, None], ValueError, "group: expected a non-empty tensor of shape [B]"),
@@ -205,6 +206,7 @@ def test_errors():
         ({"r": short}, NAMES, ValueError, "signals['r']: expected shape [B, N] = [4, 2]"),
         ({**good, "s": short}, NAMES, ValueError, "signals['s']: expected shape [B, N] = [4, 2]"),
         ({"r": torch.zeros(4, 2)}, NAMES, TypeError, "signals['r']: expected a Signal"),
+        ({"r": infinite}, NAMES, ValueError, "signals['r']: expected finite values where measured"),
     ):
         for method in (RewardHistory(1).joined, RewardHistory(1).updated):
             with pytest.raises(error, match=f"^{re.escape(message)}"):

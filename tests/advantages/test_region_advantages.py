@@ -130,6 +130,14 @@ def test_the_whole_picture_and_an_empty_region_are_the_broadcast(how, value):
         assert torch.broadcast_shapes(weight.shape[1:], latent) == latent
 
 
+@pytest.mark.parametrize(("how", "weight"), [("mean", 4.0), ("rms", 2.0)])
+def test_weights_of_one_token_do_not_depend_on_its_share(how, weight):
+    for share in (1.0, 1e-200, 5e-324):
+        coverage = torch.tensor([[share, 0.0], [0.0, 0.0]], dtype=torch.float64)
+        found = token_weights(coverage, (4, 8), normalization=how)
+        assert found.flatten().tolist() == [weight, 0.0, 0.0, 0.0]
+
+
 def test_layouts_are_those_of_packed_and_unpacked_latents():
     """Packed as FLUX does it, a latent of token numbers has them in the order of the weights."""
     rows, columns = 2, 3

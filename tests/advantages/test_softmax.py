@@ -65,6 +65,12 @@ def test_a_high_temperature_gives_the_linear_advantage():
         torch.testing.assert_close(scaled, linear, rtol=0, atol=10 / temperature)
 
 
+def test_the_lowest_temperature_is_a_number():
+    # half of it, by which differences of halves were divided, is 0
+    found = softmax_advantage([0.0, 1.0, 1.0], [0, 0, 1], temperature=5e-324)
+    assert found.tolist() == [-1.0, 1.0, 0.0]
+
+
 def test_a_low_temperature_leaves_the_best_alone():
     reward = torch.tensor([0.1, 0.3, 0.2, 0.5, 0.5, 0.1, 0.2])  # in the second group two are best
     found = softmax_advantage(reward, GROUP, temperature=1e-3)

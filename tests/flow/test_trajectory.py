@@ -277,6 +277,11 @@ def test_select_golden():
     assert len(trajectory.select(torch.tensor([2, 2, 2]))) == 3
 
 
+def test_indices_that_torch_reads_as_a_mask_are_refused():
+    with pytest.raises(TypeError, match=r"^index: expected int64 or int32 .* got torch\.uint8"):
+        make().select(torch.tensor([1, 0], dtype=torch.uint8))
+
+
 def test_select_errors():
     trajectory = make()
     with pytest.raises(ValueError, match=r"^latents: expected a non-empty tensor"):

@@ -8,7 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mteditflow import clipped_surrogate_loss, masked_mean
+from mteditflow import (
+    clipped_surrogate_loss,
+    crd_loss,
+    dgpo_loss,
+    divergence_gated_loss,
+    masked_mean,
+)
 
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 NAN, INF = math.nan, math.inf
@@ -153,6 +159,23 @@ def test_half_precision_is_refused(position, dtype):
     )
     with pytest.raises(TypeError, match=exactly(message)):
         clipped_surrogate_loss(*tensors, **CLIP)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda x, a: clipped_surrogate_loss(x[:, 0], x[:, 0], a, **CLIP),
+        lambda x, a: divergence_gated_loss(x[:, 0], x[:, 0], a, x[:, 0], threshold=1.0),
+        lambda x, a: crd_loss(x, x, x, a, [0, 0, 0]),
+        lambda x, a: dgpo_loss(x, x, x, a, [0, 0, 0], dgpo_beta=1.0),
+    ],
+    ids=["clipped", "dppo", "crd", "dgpo"],
+)
+def test_the_advantage_of_one_row_is_not_that_of_several(loss):
+    message = r"^advantage: .* leading part of \[3\], got \[1\]$"
+    with pytest.raises(ValueError, match=message):
+        loss(torch.zeros(3, 2), torch.ones(1))
+    assert loss(torch.zeros(3, 2), torch.tensor(1.0)).shape == (3,)  # a number is one for all rows
 
 
 def test_errors():

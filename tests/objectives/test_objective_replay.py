@@ -340,6 +340,18 @@ def test_a_fresh_rollout_passes_and_another_one_does_not(kind):
     assert objective.check_ratios(velocity, perturbed, share=100.0, **options).ok
 
 
+def test_a_check_of_float64_log_probs_is_made_in_float64():
+    velocity, objective = Recorded(by=0.0), make(GRPO)
+    samples = recorded_trajectory(velocity.policies["current"], reduction="sum")
+    large = samples.log_prob.abs() > 4  # spacing of float32 there: 4.8e-7
+    moved = replace(samples, log_prob=samples.log_prob + torch.where(large, 2e-7, 0.0))
+    options = {"trajectories": 8, "size": 100, "share": 1e-3}  # a tolerance of 1e-7
+    assert objective.check_ratios(velocity, samples, **options).ok
+    check = objective.check_ratios(velocity, moved, **options)
+    assert not check.ok
+    assert check.deviation.nan_to_num().max().item() == pytest.approx(2e-7, rel=1e-6)
+
+
 def test_ratios_are_checked_against_the_nearer_clip_bound_above_0():
     for kind in (GRPO, Guard):
         scales = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 from objective_worlds import Recorded, key, recorded_trajectory
 
-from mteditflow.objectives import NFT, CleanSamples, Renoise, RoundKey
+from mteditflow.objectives import NFT, Buckets, CleanSamples, Renoise, RoundKey
 from mteditflow.objectives.forward import renoise
 from tests.loops import some
 
@@ -197,6 +197,17 @@ def test_members_of_a_group_share_flow_time_and_noise_at_a_turn_and_level(shared
     everything = set().union(*places.values())
     assert len(everything) == sum(len(own) for own in places.values())  # none is met twice
     assert len({s for s, *_ in everything}) == len(everything)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64])
+def test_groups_of_unsigned_ids_share_the_noise_of_signed_ones(dtype):
+    group, how = torch.tensor([3, 3, 7]), Renoise(shared=True)
+    clean = torch.zeros(3, 1, 2)
+    _, expected = drawn(how, samples=CleanSamples(clean, group))
+    _, found = drawn(how, samples=CleanSamples(clean, group.to(dtype)))
+    assert torch.equal(found.target, expected.target)
+    both = Buckets([CleanSamples(clean, group), CleanSamples(clean, group.to(dtype))])
+    assert both.group.tolist() == [3, 3, 7, 3, 3, 7]
 
 
 def test_shared_flow_times_can_be_stratified():
