@@ -4,16 +4,18 @@
     python examples/ablations.py objectives_tries          # hyperparameters of the next one
     python examples/ablations.py objectives --workers 2    # all objectives, docs/objectives.md
     python examples/ablations.py credit --workers 2        # credit assignment, docs/credit.md
+    python examples/ablations.py credit_apart --workers 2  # the same, turns independent
     python examples/ablations.py regions --workers 2       # rewards by region, docs/regions.md
     python examples/ablations.py cost --workers 2          # fewer forward passes, docs/cost.md
     python examples/ablations.py long_chains --workers 2   # twenty turns, docs/long_chains.md
+    python examples/ablations.py competent_start           # the same from a competent editor
     python examples/ablations.py findings_pictures         # the paper's, in the world of pictures
     python examples/ablations.py findings --short
 
-Settings are in ``findings/``: ``settings.py``, ``objectives.py``, ``credit.py``, ``cost.py``,
-``long_chains.py``.
-Existing runs are kept and interrupted ones resumed, so the command can be stopped and started
-again. The page includes only seeds for which all settings are complete.
+Settings are in ``findings/``: ``settings.py``, ``tries.py``, ``objectives.py``, ``credit.py``,
+``regions.py``, ``cost.py`` and ``long_chains.py``. Existing runs are kept and interrupted ones
+resumed, so the command can be stopped and started again. A run of other options than the setting's
+is an error. The page includes only seeds for which all settings are complete.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import diffusers
 import torch
@@ -30,14 +32,14 @@ import transformers
 import typer
 from mteditflow_examples.findings.cost import COST
 from mteditflow_examples.findings.credit import CREDIT, CREDIT_APART
-from mteditflow_examples.findings.long_chains import COMPETENT_START, LONG_CHAINS, TWENTY
+from mteditflow_examples.findings.long_chains import COMPETENT_START, LONG_CHAINS
 from mteditflow_examples.findings.long_page import write_long_page
 from mteditflow_examples.findings.objectives import OBJECTIVES
 from mteditflow_examples.findings.page import write_page
 from mteditflow_examples.findings.regions import REGIONS
 from mteditflow_examples.findings.running import FULL, SHORT, Ablations
 from mteditflow_examples.findings.settings import PAPER, PAPER_IN_PICTURES
-from mteditflow_examples.findings.tries import FILE, TRIES, write_tries
+from mteditflow_examples.findings.tries import TRIES, write_tries
 
 from mteditflow._command import program
 from mteditflow._exits import refusing
@@ -48,6 +50,20 @@ ALL = (
     COMPETENT_START,
 )  # fmt: skip
 STUDIES = {study.name: study for study in ALL}
+
+
+class Write(Protocol):
+    """Function that writes a study's page and figures."""
+
+    def __call__(self, ablations: Ablations, docs: Path, *, command: str) -> Path:
+        """Write to a folder from the complete seeds; return the page's path."""
+
+
+WRITERS: dict[str, Write] = {  # the others: write_page
+    TRIES.name: write_tries,
+    LONG_CHAINS.name: write_long_page,
+    COMPETENT_START.name: write_long_page,
+}
 
 
 def main(
@@ -74,9 +90,9 @@ def main(
     docs: Annotated[Path | None, typer.Option(help="Folder of the page and its figures.")] = None,
 ) -> None:
     """Run missing settings, then write the page and its figures."""
+    chosen = STUDIES[study]
     runs = runs or Path("runs", study + ("-short" if short else ""))
-    tries = FILE if docs is None and not short else (docs or runs) / FILE.name
-    docs = docs or (runs if short else Path("docs"))
+    docs = docs or (runs if short else chosen.docs)
     with refusing():
         require_folder("runs", runs)
         require_folder("docs", docs)
@@ -85,18 +101,14 @@ def main(
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    chosen = STUDIES[study]
     full = {"seeds": chosen.seeds, "rounds": chosen.rounds, "held_out": chosen.chains}
     form = SHORT if short else replace(FULL, **full)
     ablations = Ablations(runs, form, chosen)
-    failures = ablations.run_all(workers) if workers else []
+    failures = ablations.run_all(workers) if workers else ablations.other_runs()
     if ablations.complete_seeds():
         command = f"python examples/ablations.py {study}" + (" --short" if short else "")
-        if chosen is TRIES:
-            page = write_tries(ablations, tries)
-        else:
-            write = write_long_page if TWENTY in chosen.held_out else write_page
-            page = write(ablations, docs, command=command)
+        with refusing():
+            page = WRITERS.get(study, write_page)(ablations, docs, command=command)
         print(f"Written: {page}")
     else:
         failures.append(f"{runs}: no seed is complete, so there is no page")

@@ -62,6 +62,14 @@ def results(seeds=3, better="", study=PAPER):
     return Results(study, runs, long)
 
 
+def finish(ablations, setting, seed):
+    """Touch the evaluations of a run, as if it were complete."""
+    for held_out in some(ablations._lengths(setting)):
+        path = ablations._after(setting, seed, held_out)
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+
 def test_values_of_chains_have_the_metrics_for_means():
     own = evaluation(0)
     for name, values in some(chain_values(own).items()):
@@ -142,7 +150,12 @@ def test_the_best_try_is_taken_and_the_page_shows_all(tmp_path, monkeypatch):
         Ablations, "result", lambda *_: Run(evaluation(0), evaluation(next(reached), skill=0.9), [])
     )
     ablations = Ablations(tmp_path, replace(FULL, held_out=256), TRIES)
-    tried = json.loads(write_tries(ablations, tmp_path / "tries.json").read_text())
+    monkeypatch.setattr(Ablations, "complete_seeds", lambda own: list(own.form.seeds))
+    short = Ablations(tmp_path, SHORT, TRIES)  # has none of the full study's seeds
+    path = write_tries(short, tmp_path, command="make it")
+    assert path == tmp_path / "tries.json"
+    assert json.loads(path.read_text())["seed"] == 0
+    tried = json.loads(write_tries(ablations, tmp_path, command="make it").read_text())
     rows = tried["methods"]["NFT"]
     best = max(range(4), key=lambda k: rows[k]["overall"])
     assert chosen(method, tried) == replace(first[best], label="NFT")
@@ -155,6 +168,45 @@ def test_the_best_try_is_taken_and_the_page_shows_all(tmp_path, monkeypatch):
     rows[0]["try"] = "another"
     with pytest.raises(ValueError, match=r"tries\.json: expected today's tries of NFT, got others"):
         chosen(method, tried)
+
+
+def test_settings_that_differ_do_not_share_a_run(tmp_path):
+    first, other = Setting("first", {"rewards.scorer": "a:b_c"}), Setting("other")
+    study = replace(PAPER, base=first, findings=(), longer=None)
+    same = replace(study, findings=(Finding("x", "X", (replace(first, label="same"),), ()),))
+    assert len(same.settings) == 1
+    for colliding in some(
+        (Setting("x", {"rewards.scorer": "a:b-c"}), Setting("x", {"rewards.scorer": "A:b_c"}))
+    ):
+        assert colliding.name == first.name
+        finding = Finding("x", "X", (other, colliding), ())
+        with pytest.raises(ValueError, match=r"expected different names, got .* twice"):
+            assert replace(study, findings=(finding,)).settings
+    given = Setting("x", {"training.seed": 5})  # would not reach the run
+    with pytest.raises(ValueError, match=r"training\.seed: expected no option of a setting, got 5"):
+        Ablations(tmp_path, SHORT, PAPER).arguments(given, 0)
+
+
+@pytest.mark.parametrize(
+    ("after", "error"),
+    [
+        (evaluation(0, rounds=2), "expected round 4, got 2; remove it"),
+        (
+            evaluation(0, turns=2, rounds=4),
+            "expected the chains of the untrained model",
+        ),
+    ],
+)
+def test_an_evaluation_of_another_round_or_of_other_chains_is_not_read(tmp_path, after, error):
+    ablations = Ablations(tmp_path, SHORT, PAPER)
+    evaluation(0).write(ablations._before(0, 4))
+    path = ablations._after(BASE, 0)
+    after.write(path)
+    with pytest.raises(ValueError, match=f"{path.name}: {error}"):
+        ablations.result(BASE, 0)
+    evaluation(1, rounds=4).write(path)
+    (path.parent / "metrics.jsonl").touch()
+    assert ablations.result(BASE, 0).after.round == 4
 
 
 def test_a_setting_goes_on_from_another_s_run(tmp_path, monkeypatch):
@@ -194,11 +246,13 @@ def test_a_run_with_other_fields_is_not_taken_for_one_of_a_setting(tmp_path, mon
     found = SimpleNamespace(state={"config": config}, round=4)
     monkeypatch.setattr(Checkpoints, "find", lambda *_: found)
     ablations = Ablations(tmp_path, SHORT, PAPER)
-    with pytest.raises(ValueError, match=r"expected a run of .* got another; remove it"):
+    with pytest.raises(ValueError, match=r"expected a run of 'base', got another; remove it \("):
         ablations._rounds(BASE, 0)
-    found.state["config"] = dumped(ablations._config(BASE, 7)) | {"model": {"path": "elsewhere"}}
-    with pytest.raises(ValueError, match="got another"):
-        ablations._rounds(BASE, 0)  # another seed
+    small = Ablations(tmp_path, SHORT, replace(PAPER, findings=FINDINGS[:1]))
+    assert len(small.other_runs()) == small.total == 3
+    found.state["config"] = dumped(ablations._config(BASE, 7))
+    with pytest.raises(ValueError, match=r"got another; .* \(training\.seed: 7 in place of 0\)"):
+        ablations._rounds(BASE, 0)
     moved = dumped(ablations._config(BASE, 0))
     moved["model"]["path"] = "elsewhere"
     moved["output"] = {}
@@ -210,9 +264,7 @@ def test_the_page_says_what_the_numbers_say(tmp_path):
     ablations = Ablations(tmp_path, FULL, PAPER)
     for seed in range(3):
         for setting in PAPER.settings.values():
-            path = ablations._after(setting, seed)
-            path.parent.mkdir()
-            path.touch()
+            finish(ablations, setting, seed)
     text = document(results(better="aggregate=successes"), ablations, command="make it")
     assert "| Scoring | Overall(3): Likert average > binary average" in text
     row = next(line for line in text.splitlines() if "Likert average > binary average |" in line)
@@ -238,7 +290,7 @@ def test_the_untrained_model_is_a_setting_that_is_not_run(tmp_path, monkeypatch)
     assert found.long == []
     before = found.values(UNTRAINED, "overall")
     base = found.before(OBJECTIVES.base, "overall")
-    assert float(before.mean()) == pytest.approx(base.mean)
+    assert float(before.mean()) == pytest.approx(base)
     gain = found.difference(OBJECTIVES.base, UNTRAINED)
     after = found.values(OBJECTIVES.base, "overall")
     assert gain.mean == pytest.approx(float((after - before).mean()))
@@ -254,9 +306,13 @@ def test_what_is_missing_is_counted_and_nothing_started(tmp_path, monkeypatch, c
 
     ablations = Ablations(tmp_path, FULL, PAPER)
     for setting in PAPER.settings.values():
-        ablations._after(setting, 1).parent.mkdir()
-        ablations._after(setting, 1).touch()
+        finish(ablations, setting, 1)
     assert ablations.complete_seeds() == [1]
+    longer = ablations._after(BASE, 1, EIGHT)
+    longer.unlink()  # interrupted between two evaluations
+    assert ablations.missing()[22:23] == [(BASE, 1)]
+    assert ablations.complete_seeds() == []
+    longer.touch()
     monkeypatch.setattr(Results, "read", lambda _: results(seeds=1))
     main("findings", workers=0, runs=tmp_path, docs=tmp_path / "docs")
     assert "Missing: 44 of 66 runs" in capsys.readouterr().out
@@ -268,8 +324,7 @@ def test_page_and_figures_are_written_from_complete_seeds(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="expected a seed with all settings, got none"):
         write_page(ablations, tmp_path, command="make it")
     for setting in PAPER.settings.values():
-        ablations._after(setting, 0).parent.mkdir()
-        ablations._after(setting, 0).touch()
+        finish(ablations, setting, 0)
     monkeypatch.setattr(Results, "read", lambda _: results(seeds=1))
     page = write_page(ablations, tmp_path / "docs", command="make it")
     text = page.read_text()
@@ -291,7 +346,7 @@ def test_runs_are_made_kept_and_refused(tmp_path, monkeypatch):
     run = ablations.result(judged, 3)
     assert (len(run.metrics), run.before.round, run.after.round) == (1, 0, 1)
     assert run.before.turns == run.after.turns == THREE.turns  # whatever was trained
-    assert ablations.long(3).after.turns == EIGHT.turns
+    assert ablations.result(ablations.study.base, 3, EIGHT).after.turns == EIGHT.turns
     assert run.before.chain_ids == run.after.chain_ids == ablations.result(base, 3).after.chain_ids
 
     monkeypatch.setattr(running.subprocess, "Popen", None)  # is there, so nothing runs

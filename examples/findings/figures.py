@@ -18,15 +18,14 @@ PANELS = ("overall", "instruction_following", "content_consistency")
 
 
 def draw_finding(results: Results, finding: Finding, path: Path) -> None:
-    """Draw the metrics at turn 3: every seed, means with intervals, and the untrained model."""
+    """Draw the metrics at turn 3: every seed, means over seeds, and the untrained model."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, metric in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
         for x, setting in enumerate(finding.settings):
             values = results.values(setting, metric)
             axes.plot([x] * len(values), values, "o", color=AFTER, alpha=0.35, markersize=4)
-            mean, before = results.mean(setting, metric), results.before(setting, metric).mean
-            error = [[mean.mean - mean.low], [mean.high - mean.mean]]
-            axes.errorbar([x], [mean.mean], yerr=error, fmt="s", color=AFTER, capsize=4)
+            before = results.before(setting, metric)
+            axes.plot([x], [float(values.mean())], "s", color=AFTER)
             axes.plot([x - 0.3, x + 0.3], [before, before], ":", color=BEFORE)
         labels = [setting.label.replace(", ", "\n") for setting in finding.settings]
         axes.set_xticks(range(len(labels)), labels, fontsize=8)

@@ -68,7 +68,7 @@ FINDINGS = (
         tuple(Claim(x.label, "NFT") for x in COSTLIER),
         note=f"F is the cost of one forward pass of one row. {ROUNDS} rounds of NFT are "
         f"{ROUNDS} x {FORWARDS['NFT']:g} F for each of 96 trajectories; methods that cost more get "
-        "fewer rounds: "
+        "fewer rounds, to the nearest whole one, which is at most 4% more or fewer FLOPs: "
         + ", ".join(f"{x.label} ({FORWARDS[x.label.rpartition(', ')[0]]:g} F)" for x in COSTLIER)
         + ". All others cost as much as NFT, and their rows above hold.",
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import re
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pathlib import Path
 from mteditflow.training.report import PACKAGES
 
 from .figures import draw_finding, draw_long
-from .results import TITLES, Results, long_claims
+from .results import TITLES, Results, long_claims, with_range
 from .running import Ablations
 from .study import EIGHT, Claim, Finding
 
@@ -40,7 +41,7 @@ def document(results: Results, ablations: Ablations, *, command: str) -> str:
         f"Output of `{command}`. It writes all numbers and verdicts; only the sentences after "
         '"Why" are written by hand, in `examples/findings/`.',
         "",
-        *_made_with(results, ablations),
+        *_method(results, ablations),
         "",
         "| finding | claim | difference | verdict |",
         "|---|---|---|---|",
@@ -53,31 +54,42 @@ def document(results: Results, ablations: Ablations, *, command: str) -> str:
     return "\n".join([*lines, ""])
 
 
-def _made_with(results: Results, ablations: Ablations) -> list[str]:
-    form, seeds = ablations.form, ablations.complete_seeds()
+def made_with(ablations: Ablations) -> str:
+    """Return the days of the evaluations, and the versions that write the page."""
     days = sorted(
         {date.fromtimestamp(p.stat().st_mtime) for p in ablations.folder.glob("*/after*")}
     )
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    settings = len(results.study.settings)
+    return (
+        f"Runs of {' to '.join(dict.fromkeys(str(d) for d in (days[0], days[-1])))}. Page written "
+        f"with python {platform.python_version()}, {versions}."
+    )
+
+
+def _method(results: Results, ablations: Ablations) -> list[str]:
+    form, seeds = ablations.form, ablations.complete_seeds()
+    settings, claims = len(results.study.settings), len(list(_overview(results)))
+    low, high = results.error_range
+    single = "" if math.isnan(low) else f" (in single settings {low:.1f} to {high:.1f} points)"
     return [
-        f"- Runs of {' to '.join(dict.fromkeys(str(d) for d in (days[0], days[-1])))}; python "
-        f"{platform.python_version()}, {versions}.",
+        f"- {made_with(ablations)}",
         f"- Seeds {', '.join(map(str, seeds))}, {settings} settings: {settings * len(seeds)} runs "
         f"of {form.rounds} rounds, {results.minutes:.0f} minutes of training on one thread each. "
         f"Missing: {len(ablations.missing())} of {ablations.total} runs; a seed counts when all "
         "its settings are there. "
         f"The base run is {results.study.about}. Equal settings are one run.",
-        f"- Each run is evaluated by the exact rewards on {form.held_out} held-out chains of three "
-        "turns, each from its own noise, the same for all settings of a seed; seeds differ in "
-        "chains, adapters and noise.",
+        f"- Each run is evaluated by the exact rewards on {results.chains} held-out chains of "
+        "three turns, each from its own noise, the same for all settings of a seed; seeds differ "
+        "in chains, adapters and noise.",
         "- Percent at turn 3. IF(3): all three turns succeeded. Marginal(3): the third did. "
         "Overall(3) = sqrt(IF(3) CC(3)).",
-        "- Means: t-interval over seeds (95%). Differences: paired by seed, 95% t-intervals with "
-        "the error pooled over all settings (randomized blocks; seeds are the blocks). A bootstrap "
-        "over three seeds is too narrow, and a t-interval of three differences alone is 4.3 "
-        "standard errors to each side. The pooled error assumes equal variance in all settings: "
-        "the figures show every seed. No correction is made for the number of claims.",
+        "- Means: in parentheses the lowest and the highest seed. Differences: paired by seed, 95% "
+        "t-intervals with the error pooled over all settings (randomized blocks; seeds are the "
+        "blocks). A bootstrap over three seeds is too narrow, and a t-interval of three "
+        "differences alone is 4.3 standard errors to each side. The pooled error assumes that "
+        f"Overall(3) varies equally in all settings{single}: the figures show every seed. No "
+        f"correction is made for the number of claims: of {claims} claims without any difference, "
+        f"{0.025 * claims:.1f} would be seen on average.",
         "- Over chains alone: 95% bootstrap intervals of the same differences over the held-out "
         "chains of these seeds. They measure the uncertainty of these runs, not of other seeds, so "
         "they do not decide: a finding must hold for seeds that were not run.",
@@ -85,8 +97,7 @@ def _made_with(results: Results, ablations: Ablations) -> list[str]:
         "the claim's margin), *reversed* if below, else *not separated*.",
         f"- Var(IF) / Var(CC) inside groups, base runs, median over rounds: "
         f"{results.variance_ratio:.1f}.",
-        "- In the figures: dots are seeds, squares their means with intervals, dotted lines the "
-        "untrained model.",
+        "- In the figures: dots are seeds, squares their means, dotted lines the untrained model.",
     ]
 
 
@@ -127,13 +138,13 @@ def _section(results: Results, finding: Finding) -> list[str]:
     for setting in finding.settings:
         base = results.study.base
         same = setting.name == base.name
-        cells = [f"{results.mean(setting, name):.1f}" for name in names]
-        cells.append(f"{results.before(setting, 'overall').mean:.1f}")
+        cells = [with_range(results.values(setting, name)) for name in names]
+        cells.append(f"{results.before(setting, 'overall'):.1f}")
         cells.append("base" if same else f"{results.difference(setting, base):+.1f}")
         seconds = results.seconds(setting)
         cells.append(f"{seconds:.1f}" if seconds else "")
         lines.append(f"| {setting.label} | {' | '.join(cells)} |")
-    lines += ["", "**Seen.**", "", "| claim | difference | over chains alone | verdict |"]
+    lines += ["", "**Result.**", "", "| claim | difference | over chains alone | verdict |"]
     lines += ["|---|---|---|---|"]
     lines += _claims(results, finding)
     return [*lines, "", f"**Why.** {finding.why}"] if finding.why else lines
@@ -155,7 +166,7 @@ def _long(results: Results, longer: Finding) -> list[str]:
         f"|---|{'---|' * EIGHT.turns}",
     ]
     lines += [f"| {name} | {' | '.join(f'{x:.1f}' for x in row)} |" for name, row in rows.items()]
-    lines += ["", "**Seen.** After minus before, t-intervals over seeds:", ""]
+    lines += ["", "**Result.** After minus before, t-intervals over seeds:", ""]
     lines += ["| measure | difference | verdict |", "|---|---|---|"]
     for name, gain in long_claims(results.long).items():
         lines.append(f"| {name} | {gain:+.1f} | **{gain.verdict}** |")

@@ -18,11 +18,12 @@ from mteditflow.evaluation.seeds import (
     mean_interval,
     percentile_ends,
     resampled_means,
+    setting_errors,
 )
 from mteditflow.training.metrics_file import SECONDS
 
 from .running import Ablations, Run
-from .study import UNTRAINED, Claim, Finding, Setting, Study
+from .study import EIGHT, UNTRAINED, Claim, Finding, Setting, Study
 
 TITLES = {
     "overall": "Overall(3)",
@@ -62,7 +63,8 @@ class Results:
         runs = {n: [ablations.result(s, k) for k in seeds] for n, s in study.settings.items()}
         if any(UNTRAINED in finding.settings for finding in study.findings):
             runs[UNTRAINED.name] = [Run(r.before, r.before, ()) for r in runs[study.base.name]]
-        return cls(study, runs, [ablations.long(k) for k in seeds if study.longer is not None])
+        longer = seeds if study.longer is not None else []
+        return cls(study, runs, [ablations.result(study.base, k, EIGHT) for k in longer])
 
     @cached_property
     def tables(self) -> dict[str, Tensor]:
@@ -90,14 +92,9 @@ class Results:
         """Return a metric of one setting by seed, ``[seeds]``."""
         return self.tables[metric][self._row(setting)]
 
-    def before(self, setting: Setting, metric: str) -> SeedInterval:
+    def before(self, setting: Setting, metric: str) -> float:
         """Return the untrained model's mean at the steps of a setting."""
-        values = [at_last(run.before, metric) for run in self.runs[setting.name]]
-        return mean_interval(torch.tensor(values, dtype=torch.float64))
-
-    def mean(self, setting: Setting, metric: str) -> SeedInterval:
-        """Return the mean over seeds after training, with its t-interval."""
-        return mean_interval(self.values(setting, metric))
+        return fmean(at_last(run.before, metric) for run in self.runs[setting.name])
 
     def difference(self, first: Setting, second: Setting, metric: str = "overall") -> SeedInterval:
         """Return the difference of two settings after training, paired by seed."""
@@ -121,6 +118,17 @@ class Results:
         rounds = [line for run in self.runs[name] for line in run.metrics]
         sums = [sum(x for k, x in line.items() if k.startswith(SECONDS)) for line in rounds]
         return fmean(sums) if sums else 0.0
+
+    @property
+    def chains(self) -> int:
+        """Return the number of held-out chains of each seed."""
+        return len(self.runs[self.study.base.name][0].after)
+
+    @property
+    def error_range(self) -> tuple[float, float]:
+        """Return the smallest and largest error of Overall(3) of single settings, in points."""
+        errors = setting_errors(self.tables["overall"])
+        return float(errors.min()), float(errors.max())
 
     @property
     def minutes(self) -> float:
@@ -148,6 +156,20 @@ def _compared(finding: Finding, claim: Claim) -> tuple[Setting, Setting]:
     """Return the settings that a claim expects to be higher and lower."""
     by_label = {setting.label: setting for setting in finding.settings}
     return by_label[claim.higher], by_label[claim.lower]
+
+
+def with_range(values: Tensor, spec: str = ".1f") -> str:
+    """Format the mean over seeds with the lowest and highest seed, if their values differ.
+
+    A t-interval of two or three shares leaves the range of a share, and resampling three seeds
+    does not show the tails, so levels have no interval; only differences do.
+
+    Args:
+        values: values of one setting, one per seed, [S].
+        spec: format of a number.
+    """
+    mean, *ends = (format(float(x), spec) for x in (values.mean(), values.min(), values.max()))
+    return mean if ends[0] == ends[1] else f"{mean} ({', '.join(ends)})"
 
 
 def chain_values(evaluation: Evaluation) -> dict[str, Tensor]:

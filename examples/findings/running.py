@@ -110,14 +110,11 @@ class Ablations:
         return [(setting, seed) for seed in self.form.seeds for setting in settings]
 
     def missing(self) -> list[tuple[Setting, int]]:
-        """Return the settings and seeds whose evaluations are missing."""
-        pairs = [
-            (setting, seed) for seed in self.form.seeds for setting in self.study.settings.values()
-        ]
+        """Return the settings and seeds that lack an evaluation."""
         return [
-            pair
-            for pair in pairs
-            if not all(self._after(*pair, held_out).exists() for held_out in self.study.held_out)
+            (setting, seed)
+            for setting, seed in self._jobs
+            if not all(self._after(setting, seed, x).exists() for x in self._lengths(setting))
         ]
 
     def complete_seeds(self) -> list[int]:
@@ -125,17 +122,28 @@ class Ablations:
         missing = {seed for _, seed in self.missing()}
         return [seed for seed in self.form.seeds if seed not in missing]
 
-    def result(self, setting: Setting, seed: int, held_out: HeldOut = THREE) -> Run:
-        """Read the evaluations and metrics of a complete run."""
-        before = self._before(seed, self._config(setting, seed).evaluation.steps, held_out)
-        after = self._after(setting, seed, held_out)
-        metrics = read_metrics(self._run(setting, seed) / "metrics.jsonl")
-        return Run(Evaluation.read(before), Evaluation.read(after), metrics)
+    def other_runs(self) -> list[str]:
+        """Return one message per existing run that was trained with options of another setting."""
+        found = (self._other_run(setting, seed) for setting, seed in self._jobs)
+        return [message for message in found if message is not None]
 
-    def long(self, seed: int) -> Run:
-        """Read the evaluations of the base run on longer chains."""
-        files = (self._before(seed, 4, EIGHT), self._after(self.study.base, seed, EIGHT))
-        return Run(*map(Evaluation.read, files), metrics=())
+    def result(self, setting: Setting, seed: int, held_out: HeldOut = THREE) -> Run:
+        """Read the evaluations and metrics of a complete run.
+
+        Raises:
+            ValueError: the evaluation is of another round than the setting's last, or of other
+                chains than that of the untrained model.
+        """
+        steps, path = (
+            self._config(setting, seed).evaluation.steps,
+            self._after(setting, seed, held_out),
+        )
+        before, after = Evaluation.read(self._before(seed, steps, held_out)), Evaluation.read(path)
+        if after.round != (last := self._asked(setting)):
+            raise ValueError(f"{path}: expected round {last}, got {after.round}; remove it")
+        if (after.chain_ids, after.instructions) != (before.chain_ids, before.instructions):
+            raise ValueError(f"{path}: expected the chains of the untrained model, got others")
+        return Run(before, after, read_metrics(self._run(setting, seed) / "metrics.jsonl"))
 
     def images(
         self, setting: Setting | None, seed: int, held_out: HeldOut, rows: Sequence[int]
@@ -168,7 +176,11 @@ class Ablations:
         if setting.options.get("teacher.path") == BASE_RUN:
             teacher = {"teacher.path": self._lora(self.study.base, seed)}
             setting = replace(setting, options={**setting.options, **teacher})
-        options = {k: x for k, x in setting.options.items() if k not in given}
+        options = {k: x for k, x in setting.options.items() if k != "training.rounds"}
+        if taken := sorted(options.keys() & given.keys()):
+            raise ValueError(
+                f"{taken[0]}: expected no option of a setting, got {options[taken[0]]}"
+            )
         own = replace(setting, options=options).words
         return [setting.preset, "--output.trackers", *words_of(given), *own]
 
@@ -195,13 +207,16 @@ class Ablations:
         try:
             self._train(setting, seed)
             with EVALUATING:
-                for held_out in self.study.held_out:
+                for held_out in self._lengths(setting):
                     self._evaluate(setting, seed, held_out)
-                if self.study.longer is not None and setting.name == self.study.base.name:
-                    self._evaluate(setting, seed, EIGHT)
         except (OSError, RuntimeError, ValueError) as error:
             return f"{setting.name}, seed {seed}: {error}"
         return None
+
+    def _lengths(self, setting: Setting) -> tuple[HeldOut, ...]:
+        """Return the held-out chains of a setting; the base run's may include longer ones."""
+        longer = self.study.longer is not None and setting.name == self.study.base.name
+        return (*self.study.held_out, EIGHT) if longer else self.study.held_out
 
     def _train(self, setting: Setting, seed: int) -> None:
         """Train to the last round, after the runs that this one starts from.
@@ -232,7 +247,7 @@ class Ablations:
                 said = trainer.communicate()[1]
             self._trainers.discard(trainer)
             if trainer.returncode or self._rounds(setting, seed) < self._asked(setting):
-                raise RuntimeError(f"{' '.join(command)} did not end well:\n{said[-2000:]}")
+                raise RuntimeError(f"{' '.join(command)} failed:\n{said[-2000:]}")
 
     def _rounds(self, setting: Setting, seed: int) -> int:
         """Return the number of saved rounds.
@@ -240,19 +255,23 @@ class Ablations:
         Raises:
             ValueError: they were trained with other settings.
         """
+        if (other := self._other_run(setting, seed)) is not None:
+            raise ValueError(other)
         found = Checkpoints(self._run(setting, seed) / "checkpoints").find("auto")
+        return 0 if found is None else found.round
+
+    def _other_run(self, setting: Setting, seed: int) -> str | None:
+        """Return a message if the run on disk is of other options; None if of these, or missing."""
+        folder = self._run(setting, seed)
+        found = Checkpoints(folder / "checkpoints").find("auto")
         if found is None:
-            return 0
-        config = self._config(setting, seed)
-        try:
-            # Fields newer than the checkpoint get their defaults.
-            before = _without_places(typed(found.state["config"], type(config)))
-        except ConfigError:  # the checkpoint has fields that no longer exist
-            before = {}
-        if before != _without_places(config):
-            folder = self._run(setting, seed)
-            raise ValueError(f"{folder}: expected a run of {setting}, got another; remove it")
-        return found.round
+            return None
+        difference = _difference(found.state["config"], self._config(setting, seed))
+        if difference is None:
+            return None
+        return (
+            f"{folder}: expected a run of {setting.label!r}, got another; remove it ({difference})"
+        )
 
     def _evaluate(self, setting: Setting, seed: int, held_out: HeldOut) -> None:
         """Evaluate a run and the untrained model, unless done."""
@@ -303,6 +322,20 @@ class Ablations:
 
     def _after(self, setting: Setting, seed: int, held_out: HeldOut = THREE) -> Path:
         return self._run(setting, seed) / f"after-{held_out.name}.json"
+
+
+def _difference(before: Mapping[str, Any], config: Config) -> str | None:
+    """Return the first difference of a checkpoint's configuration, paths aside; None if equal."""
+    try:
+        # Fields newer than the checkpoint get their defaults.
+        old = _without_places(typed(before, type(config)))
+    except ConfigError as error:  # the checkpoint has fields that no longer exist
+        return str(error)
+    for section, fields in _without_places(config).items():
+        for name, value in fields.items():
+            if old[section].get(name) != value:
+                return f"{section}.{name}: {old[section].get(name)} in place of {value}"
+    return None
 
 
 def _without_places(config: Config) -> dict[str, Any]:

@@ -30,6 +30,12 @@ class Setting:
     after: Setting | None = None
 
     @property
+    def run(self) -> tuple[object, ...]:
+        """Everything but the label: settings with equal values share one run."""
+        after = None if self.after is None else self.after.run
+        return self.script, self.preset, dict(self.options), after
+
+    @property
     def words(self) -> list[str]:
         """Options as arguments of the command line, the objective first."""
         options = dict(self.options)
@@ -128,6 +134,7 @@ class Study:
         held_out: held-out chains on which every setting is evaluated.
         rounds: rounds of a full run.
         chains: held-out chains of each length, in a full study.
+        docs: folder of the page by default.
     """
 
     name: str
@@ -143,13 +150,22 @@ class Study:
     held_out: tuple[HeldOut, ...] = (THREE,)
     rounds: int = 20
     chains: int = 512
+    docs: Path = Path("docs")
 
     @property
     def settings(self) -> dict[str, Setting]:
-        """Trained settings by name, the base first."""
+        """Trained settings by name, the base first.
+
+        Raises:
+            ValueError: two settings that differ have the same name, and thus the same run.
+        """
         own = [self.base, *(s for finding in self.findings for s in finding.settings)]
         each = (x for s in own if s is not UNTRAINED for x in (s.after, s) if x is not None)
-        return {s.name: s for s in each}
+        found: dict[str, Setting] = {}
+        for setting in each:
+            if found.setdefault(setting.name, setting).run != setting.run:
+                raise ValueError(f"settings: expected different names, got {setting.name} twice")
+        return found
 
 
 BASE_RUN = "base"  # value of teacher.path: the trained base run of the same seed

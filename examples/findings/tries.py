@@ -122,25 +122,28 @@ TRIES = Study(
     ),
     seeds=(SEED,),
     chains=256,
+    docs=FILE.parent,
 )
 
 
-def write_tries(ablations: Ablations, path: Path) -> Path:
-    """Write what every try of every method reached.
+def write_tries(ablations: Ablations, docs: Path, *, command: str) -> Path:
+    """Write the Overall(3) of every try of every method on the first complete seed.
 
     Args:
         ablations: runs of `TRIES`, all of them done.
-        path: JSON file.
+        docs: folder of the JSON file.
+        command: command line that made the runs.
 
     Returns:
         The file.
     """
+    seed, path = ablations.complete_seeds()[0], docs / FILE.name
     found: dict[str, list[dict[str, Any]]] = {}
     for method in METHODS:
         found[method.label] = [
             {
                 "try": setting.label,
-                "overall": round(at_last(ablations.result(setting, SEED).after, "overall"), 2),
+                "overall": round(at_last(ablations.result(setting, seed).after, "overall"), 2),
             }
             for setting in method.tries()
         ]
@@ -148,7 +151,8 @@ def write_tries(ablations: Ablations, path: Path) -> Path:
     made = {
         "date": date.today().isoformat(),
         "versions": {"python": platform.python_version()} | {x: version(x) for x in PACKAGES},
-        "seed": SEED,
+        "command": command,
+        "seed": seed,
         "rounds": form.rounds,
         "chains": form.held_out,
         "methods": found,

@@ -140,12 +140,35 @@ def block_error(values: Tensor) -> float:
         >>> round(block_error(torch.tensor([[1.0, 2.0, 3.0], [3.0, 4.0, 6.0]])), 3)
         0.408
     """
+    return float(setting_errors(values).square().mean().sqrt())
+
+
+def setting_errors(values: Tensor) -> Tensor:
+    """Return the standard deviation of the error of every setting alone.
+
+    The mean of their squares is the square of ``block_error``, which assumes that they are equal.
+
+    Args:
+        values: values of all settings and seeds, [K, S].
+
+    Returns:
+        Errors [K]; NaN if K or S is 1, which leaves no degree of freedom.
+
+    Raises:
+        ValueError: values are not [K, S].
+        TypeError: they are not floating point.
+
+    Example:
+        >>> values = torch.tensor([[1.0, 2.0, 3.0], [2.0, 3.0, 4.0], [3.0, 4.0, 8.0]])
+        >>> setting_errors(values)
+        tensor([0.7071, 0.7071, 1.4142])
+    """
     check_floating(values=values)
     check_rank("values", values, 2, "[K, S]", maximum=2)
     settings, seeds = values.shape
     error = values - values.mean(1, keepdim=True) - values.mean(0, keepdim=True) + values.mean()
-    freedom = (settings - 1) * (seeds - 1)
-    return math.sqrt(float(error.square().sum()) / freedom) if freedom else math.nan
+    freedom = (seeds - 1) * (settings - 1) / settings
+    return (error.square().sum(1) / freedom).sqrt() if freedom else values[:, 0] * math.nan
 
 
 def resampled_means(

@@ -16,6 +16,7 @@ from mteditflow.evaluation.seeds import (
     mean_interval,
     percentile_ends,
     resampled_means,
+    setting_errors,
 )
 from tests.loops import some
 
@@ -37,6 +38,16 @@ def test_intervals_by_hand():
     own = mean_interval(torch.tensor([1.0, 2.0, 3.0]))
     half = 4.303 / math.sqrt(3)
     assert (own.mean, own.low, own.high) == pytest.approx((2, 2 - half, 2 + half), abs=1e-3)
+
+
+def test_errors_of_single_settings_make_up_the_pooled_one():
+    # An error of +-3 over two seeds in one of three settings leaves residuals of 2, -1, -1.
+    values = torch.tensor([[3.0, -3.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    errors = setting_errors(values)
+    assert errors.square().tolist() == pytest.approx([12.0, 3.0, 3.0])
+    assert errors.square().mean().sqrt() == pytest.approx(block_error(values))
+    assert setting_errors(values[:, :1]).isnan().all()
+    assert setting_errors(values[:1]).isnan().all()
 
 
 @given(st.integers(0, 1000), st.integers(2, 5), st.integers(2, 4))
