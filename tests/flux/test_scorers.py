@@ -187,12 +187,12 @@ def test_terms_are_names_with_following_and_a_scorer_of_turns_has_them(name):
     ("rewards", "gate", "message"),
     [
         ({}, (), None),
-        ({"weights": {"following": 1.0, "consistensy": 0.0, "identity": 1.0}}, (), None),
+        ({"weights": {"following": 1.0, "consistancies": 0.0, "identity": 1.0}}, (), None),
         (
-            {"weights": {"following": 1.0, "consistensy": 0.5}},
+            {"weights": {"following": 1.0, "consistancies": 0.5}},
             (),
-            "rewards.weights.consistensy: expected 0, since {} declares the terms ['following', "
-            "'consistency'], got 0.5; give --rewards.weights.consistensy 0, or correct the name",
+            "rewards.weights.consistancies: expected 0, since {} declares the terms ['following', "
+            "'consistency'], got 0.5; give --rewards.weights.consistancies 0, or correct the name",
         ),
         ({}, ("style",), "gate.auxiliary: expected its names, since {} declares the terms"),
     ],
