@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from safetensors import safe_open
 
 from mteditflow import gather_ranks
-from mteditflow._exits import BAD_INPUT, refuse
-from mteditflow._files import require_folder
+from mteditflow._exits import BAD_INPUT, naming_argument, refuse
+from mteditflow._files import require_folder, require_no_device
+from mteditflow._hub import HubError, explaining_hub
 from mteditflow._text import parse_json
 from mteditflow.chains import ChainDataset, ChainError, GroupSampler, InformativeSampler
 from mteditflow.chains.formats.stored import is_stored
@@ -90,9 +91,9 @@ def check(config: Config) -> None:
     if isinstance(config, DistillationConfig):
         files["teacher.sessions"] = config.teacher.sessions
     for name, path in files.items():
-        if path is not None and not path.is_file() and not is_stored(path):
-            got = f"none at {path}" if not path.exists() else f"the folder {path}"
-            raise ConfigError(f"{name}: expected a file of chains, got {got}")
+        if path is not None:
+            with naming_argument(name):
+                _check_chains(name, path)
     if isinstance(config, DistillationConfig) and config.teacher.path is not None:
         _check_lora("teacher.path", config.teacher.path, config.model.lora_rank)
     if config.model.lora is not None:
@@ -100,6 +101,19 @@ def check(config: Config) -> None:
         _check_lora("model.lora", config.model.lora, config.model.lora_rank if continued else None)
     if config.sampling.lora is not None:
         _check_lora("sampling.lora", config.sampling.lora, None)
+
+
+def _check_chains(field: str, path: Path) -> None:
+    """Raise unless a path is a file, or a stored data set.
+
+    Raises:
+        ConfigError: it is missing, or a folder of something else.
+        OSError: it is a device or a pipe, or cannot be looked up.
+    """
+    require_no_device(path)
+    if not path.is_file() and not is_stored(path):
+        got = f"none at {path}" if not path.exists() else f"the folder {path}"
+        raise ConfigError(f"{field}: expected a file of chains, got {got}")
 
 
 def _check_model(field: str, source: str) -> None:
@@ -143,6 +157,7 @@ def _check_lora(field: str, path: Path, rank: int | None) -> None:
         ConfigError: the file is missing, is no LoRA, or has another rank.
     """
     try:
+        require_no_device(path)  # opening a pipe would wait for a writer
         with safe_open(path / LORA if path.is_dir() else path, framework="pt") as file:
             names = [name for name in file.keys() if FACTOR_A.search(name)]  # noqa: SIM118
             ranks = {file.get_slice(name).get_shape()[0] for name in names}
@@ -195,7 +210,8 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     sessions = None
     if isinstance(config, DistillationConfig) and config.teacher.sessions is not None:
         others = chains, None if held_out is None else held_out.chains
-        compared = load_sessions(config, config.teacher.sessions, notes, *others)
+        with _naming("teacher.sessions"):
+            compared = load_sessions(config, config.teacher.sessions, notes, *others)
         require_fitting(config, family, compared)
         sessions = HeldOut(compared, config.output.folder / "sessions", accelerator)
     if accelerator.is_main_process:
@@ -227,7 +243,10 @@ def _family(field: str, source: str) -> Family:
         ConfigError: the pipeline cannot be trained, or does not exist.
     """
     try:
-        return family_of(source)
+        with explaining_hub(field, source):
+            return family_of(source)
+    except HubError as error:
+        raise ConfigError(str(error)) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{field}: {error}") from error
 

@@ -59,12 +59,29 @@ def test_exit_codes(capsys, monkeypatch):
     ("words", "expected"),
     [
         (["nope"], "preset: expected one of"),
-        (["kontext-nft", "--memory", "much"], "argument --memory: invalid float value: 'much'"),
+        (["kontext-nft", "--memory", "much"], "--memory: expected a number, got 'much'"),
         (["kontext-nft", "--memory", "0"], "memory: expected a finite number in (0.6, 10000]"),
         (["kontext-nft", "--memory", "inf"], "memory: expected a finite number in"),
         (["kontext-nft", "--model.resolution", "500"], "resolution: expected a multiple of 16"),
         (["kontext-nft", "--gpus", "0"], "gpus: expected"),
-        (["kontext-nft", "--gpus", "7"], "--gpus: expected a divisor of the 8 groups"),
+        (["kontext-nft", "--gpus"], "--gpus: expected a value, got none"),
+        (
+            ["kontext-nft", "--gpus", "6"],
+            "--gpus: expected a divisor of the 8 groups, each on one GPU, got 6; give "
+            "--data.groups 12\n",
+        ),
+        (
+            ["kontext-nft", "--gpus", "16"],
+            "--gpus: expected a divisor of the 8 groups, each on one GPU, got 16; give "
+            "--data.groups 16, or --data.split-groups\n",
+        ),
+        (
+            ["kontext-nft", "--gpu", "H200"],
+            "options: expected --memory GIB, --gpus N, --efficiency SHARE, --json or "
+            "--SECTION.FIELD of the trainer, got --gpu; perhaps --gpus\n",
+        ),
+        (["kontext-nft", "--memry=24"], "options: expected --memory GIB, --gpus N, --efficiency"),
+        (["kontext-nft", "--lr", "1"], "options: expected --memory GIB, --gpus N, --efficiency"),
         (["kontext-nft", "--model.shard", "fsdp2"], "model.shard: expected none in one process"),
         (
             ["kontext-nft", "--gpus", "2", "--model.shard", "fsdp2", "--model.quantize", "nf4"],
@@ -75,7 +92,8 @@ def test_exit_codes(capsys, monkeypatch):
         (["kontext-nft", "--efficiency", "2"], "efficiency: expected"),
         (["kontext-nft", "--training.batch", "0"], "training.batch: "),
         (["kontext-nft", "--training.btach", "2"], "Unrecognized options: --training.btach"),
-        (["kontext-nft", "--model.path", "nowhere"], "model: expected a folder with model_index"),
+        (["kontext-nft", "--model.path", "nowhere"], "model.path: expected a folder with model_"),
+        (["kontext-nft", "--model.path", "/" + "x" * 300], "model.path: [Errno 36] File name"),
         (["kontext-nft", "--sampling.steps", "1", "objective:nope"], "objective: expected one of"),
     ],
 )
