@@ -95,7 +95,7 @@ def main() -> int:
     from mteditflow_examples.flux.config import ConfigError
 
     with refusing(ConfigError), reader_may_leave():
-        _refuse_unknown(rest, list(vars(own)))
+        refuse_unknown(rest, list(vars(own)))
         config = parse(rest, services=False)
         budget = budget_of(
             rest[0], config, memory=own.memory, gpus=own.gpus, efficiency=own.efficiency
@@ -104,8 +104,12 @@ def main() -> int:
     return 0 if budget.feasible else FAILED
 
 
-def _refuse_unknown(words: Sequence[str], own: Sequence[str]) -> None:
+def refuse_unknown(words: Sequence[str], own: Sequence[str]) -> None:
     """Refuse options without a section, which are neither the command's own nor the trainer's.
+
+    Args:
+        words: arguments that the command's own parser leaves.
+        own: names of the command's own options.
 
     Raises:
         ValueError: there is one; the message has similar options.
@@ -120,8 +124,8 @@ def _refuse_unknown(words: Sequence[str], own: Sequence[str]) -> None:
     options = [*own, *(name for name in field_names(Config()) if "." in name)]
     near = option_hint(unknown.removeprefix("--").replace("-", "_"), options)
     raise ValueError(
-        f"options: expected --memory GIB, --gpus N, --efficiency SHARE, --json or --SECTION.FIELD "
-        f"of the trainer, got {unknown}{near}"
+        f"options: expected {', '.join(f'--{name}' for name in own)} or --SECTION.FIELD of the "
+        f"trainer, got {unknown}{near}"
     )
 
 

@@ -41,6 +41,12 @@ COMMANDS = {
         "main",
         "train",
     ),
+    "dry-run": Command(
+        "check a training run before it starts: options, files, images, rewards, memory",
+        "mteditflow_examples.dry_run",
+        "main",
+        "train",
+    ),
     "init": Command(
         "copy the trainer's files into a folder, to edit and run them there",
         "mteditflow_examples.init",

@@ -77,11 +77,11 @@ def test_exit_codes(capsys, monkeypatch):
         ),
         (
             ["kontext-nft", "--gpu", "H200"],
-            "options: expected --memory GIB, --gpus N, --efficiency SHARE, --json or "
-            "--SECTION.FIELD of the trainer, got --gpu; perhaps --gpus\n",
+            "options: expected --memory, --gpus, --efficiency, --json or --SECTION.FIELD of the "
+            "trainer, got --gpu; perhaps --gpus\n",
         ),
-        (["kontext-nft", "--memry=24"], "options: expected --memory GIB, --gpus N, --efficiency"),
-        (["kontext-nft", "--lr", "1"], "options: expected --memory GIB, --gpus N, --efficiency"),
+        (["kontext-nft", "--memry=24"], "options: expected --memory, --gpus, --effi"),
+        (["kontext-nft", "--lr", "1"], "options: expected --memory, --gpus, --effi"),
         (["kontext-nft", "--model.shard", "fsdp2"], "model.shard: expected none in one process"),
         (
             ["kontext-nft", "--gpus", "2", "--model.shard", "fsdp2", "--model.quantize", "nf4"],
