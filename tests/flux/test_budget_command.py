@@ -14,7 +14,7 @@ from mteditflow_examples.shapes.files import write_world
 
 from docs import render_budget
 from mteditflow import cli
-from mteditflow.budget import find_model, peak, phases, work
+from mteditflow.budget import GPUS, find_model, least_hours, peak, phases, work
 from mteditflow.budget.advice import CHANGES, QUANTIZE
 from tests.loops import some
 
@@ -319,13 +319,13 @@ def test_facts_that_the_page_states():
         )
         assert with_it / without - 1 == pytest.approx(share, abs=0.006)
     assert "43% more FLOPs of an update for NFT, 45% for GRPO" in text
-    # gradient and two moments of float32 of rank 64 on all ranks but this one, GB
-    assert plan("kontext-grpo").costs.row.adapters * 12 / 1e9 == pytest.approx(3.1, abs=0.05)
-    assert "at most 3.1 GB" in text
+    # gradient and two moments of float32 of rank 64 on all ranks but this one, GiB
+    assert plan("kontext-grpo").costs.row.adapters * 12 / 2**30 == pytest.approx(2.9, abs=0.05)
+    assert "at most 2.9 GiB" in text
     flux = plan("kontext-nft").costs.vae
     assert flux.decode == flux.decode_tiled
     nf4 = peak(replace(plan("kontext-nft"), quantize="nf4"))
-    assert f"{nf4.total / 2**30:.1f} GiB at its peak, predicted" in text
+    assert f"{nf4.total / 2**30:.1f} GiB at its peak" in text
 
 
 def test_the_page_shows_every_preset_as_it_is_predicted():
@@ -334,8 +334,22 @@ def test_the_page_shows_every_preset_as_it_is_predicted():
     assert set(render_budget.table().splitlines()) <= set(shown)
     assert [x.split("`")[1] for x in shown[2:]] == sorted(x.stem for x in PRESETS.glob("*.toml"))
     for line in some(shown[2:]):
-        figures = line.strip("| ").split(" | ")[1:]
-        assert all(some([x.endswith(" predicted") for x in figures]))
+        assert len(line.strip("| ").split(" | ")) == len(render_budget.COLUMNS)
+    said = text.partition(render_budget.START)[0].splitlines()[-4:]
+    assert "All figures of this table are predicted" in " ".join(said)
     assert render_budget.page(text, "".join(f"{x}\n" for x in shown)) == text
     with pytest.raises(ValueError, match="expected one <!-- budget: start -->"):
         render_budget.page("", "")
+
+
+def test_the_judges_rate_on_the_page():
+    """Calls a round of the command for eight GPUs, over the seconds that its sampling takes."""
+    text = " ".join(render_budget.PAGE.read_text(encoding="utf-8").split())
+    config = parse(["kontext-nft", "--data.groups", "12"], services=False)
+    plan = budget.plan_of(config, gpus=6)
+    calls, cost = plan.trajectories, work(plan)
+    seconds = least_hours(plan, GPUS["H100/H200"], rounds=1) * 3600
+    sampling = seconds * cost.sampling / cost.total
+    assert f"12 x 16 = {calls} calls a round, or {calls * plan.turns} with three turns" in text
+    assert f"{seconds:.0f} s a round on six H100" in text
+    assert f"({sampling:.0f} s), the judge has to give {calls / sampling:.1f} answers" in text
