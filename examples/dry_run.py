@@ -13,6 +13,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -104,7 +106,6 @@ def _memory(name: str, config: Config, *, gpus: int, memory: float | None) -> It
         ValueError: it does not fit as configured.
     """
     from mteditflow.budget import find_model, peak
-    from mteditflow.budget.plan import GIB
 
     try:
         find_model(config.model.path)
@@ -113,7 +114,7 @@ def _memory(name: str, config: Config, *, gpus: int, memory: float | None) -> It
         return
     budget = budget_of(name, config, memory=memory or 80.0, gpus=gpus)
     highest = peak(budget.plan)
-    line = f"{highest.total / GIB:.1f} GiB at the peak ({highest.name}), predicted"
+    line = f"{highest.total / 2**30:.1f} GiB at the peak ({highest.name}), predicted"
     if memory is not None and budget.as_given == "no":
         raise ValueError(
             f"--memory: expected a run that fits {memory:g} GiB, got {line}; mteditflow budget "
@@ -142,8 +143,6 @@ def _images(inputs: Inputs) -> str:
 
 def _instructions(config: Config, inputs: Inputs) -> Iterator[str]:
     """Count the tokens of the longest instruction, and compare them with the pipeline's limit."""
-    from inspect import signature
-
     from mteditflow_examples.flux.loading import family_of
     from transformers import AutoTokenizer
 
@@ -200,8 +199,6 @@ def _rewards(config: Config, inputs: Inputs) -> str:
     if missing:
         raise ConfigError(f"gate.auxiliary: expected names among {sorted(terms)}, got {missing[0]}")
     if config.objective.card.rewarded:
-        from dataclasses import replace
-
         rewards = replace(config.rewards, weights=wanted)
         round_rewards(rewards, terms, torch.zeros(1, dtype=torch.int64, device="cpu"))
     calls = config.data.groups * config.data.group_size

@@ -339,21 +339,21 @@ class Rewards:
 
 @dataclass(frozen=True)
 class Gate:
-    """KL to the reference on those trajectories alone whose trained rewards look too good."""
+    """KL to the reference only on trajectories whose trained rewards look too good."""
 
     auxiliary: tuple[str, ...] = ()
-    """Rewards of weight 0, more is better, such as a scorer's "aesthetics": the KL of
+    """Rewards of weight 0 where more is better, such as a scorer's "aesthetics": the KL of
     objective.kl_coef acts where the trained rewards rank a trajectory above them (GARDO). Without a
     value: it acts everywhere."""
     share: PositiveShare = 0.1
-    """Share of a round's trajectories that are gated at first."""
+    """Initial share of a round's trajectories that are gated."""
     minimum: Share = 0.0
     """Smallest share."""
     maximum: PositiveShare = 1.0
-    """Largest share, of which mteditflow budget takes the reference's passes."""
+    """Largest share; mteditflow budget counts the reference's passes at it."""
     window: Count = 20
-    """Earlier rounds that a round's uncertainty is compared with: above all of them the share
-    grows by a tenth, below all it falls by one."""
+    """Number of earlier rounds that a round's uncertainty is compared with: above all of them the
+    share grows by a tenth, below all of them it shrinks by a tenth."""
 
     @property
     def adaptive(self) -> GatedShare | None:
