@@ -17,7 +17,7 @@ _REASONS = {
     "auth login if it is private",
     "RevisionNotFoundError": "the hub does not have this revision of it",
     "OfflineModeIsEnabled": "HF_HUB_OFFLINE is set and the model is not in the cache; run hf "
-    "download {source} with a network, or give a local folder",
+    "download {source} with a network (hf auth login first if it is gated), or give a local folder",
     "LocalEntryNotFoundError": "{site}/{source} cannot be reached and the model is not in the "
     "cache; run hf download {source} with a network (hf auth login first if it is gated), or give "
     "a local folder",
@@ -45,7 +45,8 @@ def hub_reason(source: str | os.PathLike[str], error: BaseException) -> str | No
     causes = list(_causes(error))
     names = {kind.__name__ for cause in causes for kind in type(cause).__mro__}
     if any(words in str(cause) for cause in causes for words in _UNREACHABLE):
-        names.add("LocalEntryNotFoundError")
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        names.add("OfflineModeIsEnabled" if offline else "LocalEntryNotFoundError")
     found = next((reason for name, reason in _REASONS.items() if name in names), None)
     return None if found is None else found.format(site=SITE, source=source)
 

@@ -56,8 +56,8 @@ def test_a_model_of_the_hub_without_a_network(option, world, tmp_path, monkeypat
         read_inputs(replace(config, **{section: part}), Accelerator(cpu=True))
     assert str(refused.value) == (
         f"{option}: expected a model that can be read, got some/model: HF_HUB_OFFLINE is set and "
-        "the model is not in the cache; run hf download some/model with a network, or give a local "
-        "folder"
+        "the model is not in the cache; run hf download some/model with a network (hf auth login "
+        "first if it is gated), or give a local folder"
     )
 
 
