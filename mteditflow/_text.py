@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import unicodedata
-from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import Any
 
 SPACES = ("Zs",)  # Unicode categories of white space without an effect other than its width
@@ -55,19 +53,6 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("expected JSON, got brackets that are nested too deeply") from None
-
-
-def perhaps(word: str, known: Iterable[str]) -> str:
-    """Return "; perhaps X" for a misspelled word; "" if no known word is similar.
-
-    Example:
-        >>> perhaps("judgd", ["train", "judge"])
-        '; perhaps judge'
-        >>> perhaps("zebra", ["train", "judge"])
-        ''
-    """
-    near = get_close_matches(word, list(known), n=1, cutoff=0.75)
-    return f"; perhaps {near[0]}" if near else ""
 
 
 def _escaped(character: str) -> str:

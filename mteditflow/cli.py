@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mteditflow._pipes import reader_may_leave
-from mteditflow._text import perhaps
+from mteditflow._spelling import perhaps
 
 USAGE = "usage: mteditflow COMMAND [OPTIONS]; mteditflow COMMAND --help lists the options"
 

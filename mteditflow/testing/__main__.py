@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn
 
-from mteditflow._text import perhaps
+from mteditflow._spelling import perhaps
 from mteditflow.testing.kinds import KINDS
 from mteditflow.testing.law import EXAMPLES, SEARCH, Laws, Result
 from mteditflow.testing.signatures import SIGNATURES
