@@ -36,7 +36,7 @@ PAGE = Path(__file__).with_name("training.md")
 START, END = "<!-- budget: start -->\n", "<!-- budget: end -->\n"
 CARDS = (8, 12, 16, 24, 32, 48, 80, 141)  # GiB
 COLUMNS = (
-    "preset", "text encoders, GiB", "sampling, GiB", "update, GiB", "smallest card, GB",
+    "preset", "text encoders, GiB", "sampling, GiB", "update, GiB", "smallest card, GiB",
     "F a trajectory", "PFLOP a round", "H100 hours per 100 rounds at 40%, at least",
 )  # fmt: skip
 LIBRARIES = ("torch", "diffusers", "transformers", "peft")
@@ -101,7 +101,7 @@ def row(preset: str, config: Config) -> tuple[str, ...]:
         _short(cost.total * plan.trajectories / 1e15),
         _short(least_hours(plan, GPUS["H100/H200"])),
     )
-    return (f"`{preset}`", *(f"{x} predicted" for x in numbers))
+    return (f"`{preset}`", *numbers)
 
 
 def _short(value: float) -> str:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, NoReturn
@@ -41,11 +42,22 @@ mteditflow budget PRESET|FILE.toml [--memory GIB] [--gpus N] [--efficiency SHARE
                          [objective:NAME] [--SECTION.FIELD VALUE ...]"""
 
 
+WRONG_VALUE = re.compile(
+    r"argument (?P<option>--\w+): invalid (?P<kind>int|float) value: (?P<got>.*)"
+)
+NO_VALUE = re.compile(r"argument (?P<option>--\w+): expected one argument")
+KINDS = {"int": "a whole number", "float": "a number"}
+
+
 class Arguments(argparse.ArgumentParser):
-    """Parser whose errors take one line."""
+    """Parser whose errors take one line, "option: expected X, got Y"."""
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
+        if wrong := WRONG_VALUE.fullmatch(message):
+            refuse(f"{wrong['option']}: expected {KINDS[wrong['kind']]}, got {wrong['got']}")
+        if wrong := NO_VALUE.fullmatch(message):
+            refuse(f"{wrong['option']}: expected a value, got none")
         refuse(message)
 
 
@@ -83,12 +95,38 @@ def main() -> int:
     from mteditflow_examples.flux.config import ConfigError
 
     with refusing(ConfigError), reader_may_leave():
+        refuse_unknown(rest, list(vars(own)))
         config = parse(rest, services=False)
         budget = budget_of(
             rest[0], config, memory=own.memory, gpus=own.gpus, efficiency=own.efficiency
         )
         print(json.dumps(budget.as_json(), indent=1) if own.json else "\n".join(budget.lines()))
     return 0 if budget.feasible else FAILED
+
+
+def refuse_unknown(words: Sequence[str], own: Sequence[str]) -> None:
+    """Refuse options without a section, which are neither the command's own nor the trainer's.
+
+    Args:
+        words: arguments that the command's own parser leaves.
+        own: names of the command's own options.
+
+    Raises:
+        ValueError: there is one; the message has similar options.
+    """
+    from mteditflow_examples.flux.config import Config, field_names
+    from mteditflow_examples.flux.parser_errors import option_hint
+
+    given = (word.partition("=")[0] for word in words if word.startswith("--") and word != "--help")
+    unknown = next((word for word in given if "." not in word), None)
+    if unknown is None:
+        return
+    options = [*own, *(name for name in field_names(Config()) if "." in name)]
+    near = option_hint(unknown.removeprefix("--").replace("-", "_"), options)
+    raise ValueError(
+        f"options: expected {', '.join(f'--{name}' for name in own)} or --SECTION.FIELD of the "
+        f"trainer, got {unknown}{near}"
+    )
 
 
 def budget_of(
@@ -137,7 +175,8 @@ def plan_of(config: Config, *, gpus: int) -> Plan:
     from mteditflow.budget import Plan, case_of, costs_of, count_blocks, find_model
 
     model, data, training = config.model, config.data, config.training
-    known = find_model(model.path)
+    with _named("model.path"):
+        known = find_model(model.path)
     sibling = sibling_of(config, known)
     _check_runnable(config, gpus, reads_images=known.behavior.reads_images)
     text = model.options.get("max_sequence_length")
@@ -254,7 +293,8 @@ def _named(option: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ValueError(f"{option}: {str(error).removeprefix('source: ')}") from error
+        own = str(error).removeprefix("source: ").removeprefix("model: ")
+        raise ValueError(f"{option}: {own}") from error
 
 
 def _check_runnable(config: Config, gpus: int, *, reads_images: bool) -> None:
@@ -275,7 +315,12 @@ def _check_runnable(config: Config, gpus: int, *, reads_images: bool) -> None:
     whole = data.groups * (data.group_size if data.split_groups else 1)
     if whole % gpus:
         what = "trajectories" if data.split_groups else "groups, each on one GPU"
-        raise ValueError(f"--gpus: expected a divisor of the {whole} {what}, got {gpus}")
+        more = -(-data.groups // gpus) * gpus
+        split = not data.groups * data.group_size % gpus and not config.objective.card.whole_groups
+        raise ValueError(
+            f"--gpus: expected a divisor of the {whole} {what}, got {gpus}; give --data.groups "
+            f"{more}{', or --data.split-groups' * split}"
+        )
     if reads_images and model.prompt_folder is not None:
         raise ValueError(
             "model.prompt_folder: expected None for this model, whose text encoder reads each "

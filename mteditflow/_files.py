@@ -44,9 +44,17 @@ def require_folder(name: str, folder: Path) -> None:
         folder: the path, which need not exist.
 
     Raises:
-        ValueError: the path, or the nearest existing one above it, is a file.
+        ValueError: the path, or the nearest existing one above it, is a file; or no folder can have
+            such a path.
     """
-    there = next(x for x in (folder, *folder.absolute().parents) if x.exists())
+    try:
+        folder.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise ValueError(f"{name}: expected a folder, got {folder}: {error.strerror}") from error
+    # A link that leads nowhere exists as a link only, and no folder can be made in its place.
+    there = next(x for x in (folder, *folder.absolute().parents) if os.path.lexists(x))
     if not there.is_dir():
         raise ValueError(f"{name}: expected a folder, got the file {there}")
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mteditflow._pipes import reader_may_leave
+from mteditflow._spelling import perhaps
 
 USAGE = "usage: mteditflow COMMAND [OPTIONS]; mteditflow COMMAND --help lists the options"
 
@@ -38,6 +39,12 @@ COMMANDS = {
     "train": Command(
         "train FLUX, Qwen-Image-Edit or another pipeline; --help lists presets and sections",
         "mteditflow_examples.train_flux",
+        "main",
+        "train",
+    ),
+    "dry-run": Command(
+        "check a training run before it starts: options, files, images, rewards, memory",
+        "mteditflow_examples.dry_run",
         "main",
         "train",
     ),
@@ -114,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.stdout.write(f"mteditflow {importlib.import_module('mteditflow').__version__}\n")
         sys.exit(0)
     if words[0] not in COMMANDS:
-        _refuse(f"command: expected one of {', '.join(COMMANDS)}, got {words[0]!r}")
+        near = perhaps(words[0], COMMANDS)
+        _refuse(f"command: expected one of {', '.join(COMMANDS)}, got {words[0]!r}{near}")
     command = COMMANDS[words[0]]
     try:
         program = getattr(importlib.import_module(command.module), command.name)

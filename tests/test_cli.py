@@ -60,12 +60,15 @@ def test_help_imports_none_of_the_heavy_libraries():
     assert others == [[code, True, []] for code in codes]
 
 
-def test_a_wrong_word_is_one_line(tmp_path):
+def test_a_wrong_word_is_one_line(tmp_path, capsys):
     done = ended(["-m", "mteditflow", "nope"], tmp_path)
     assert (done.code, done.out) == (2, "")
     assert done.err.count("\n") == 1
     words = ", ".join(cli.COMMANDS)
     assert done.err == f"error: command: expected one of {words}, got 'nope'\n"
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["judgd"])
+    assert capsys.readouterr().err.endswith("got 'judgd'; perhaps judge\n")
 
 
 def test_without_words_the_commands_are_listed(capsys):

@@ -18,7 +18,15 @@ FILES = sorted(
 # Module to the names of it that may be imported although no package names them in __all__.
 ALLOWED: dict[str, set[str]] = {
     # The atomic writes of the repository; they are no part of reinforcement learning.
-    "mteditflow._files": {"naming", "require_folder", "write_all_atomically", "write_atomically"},
+    "mteditflow._files": {
+        "naming",
+        "require_folder",
+        "require_no_device",
+        "write_all_atomically",
+        "write_atomically",
+    },
+    # Why a model of the hub cannot be read.
+    "mteditflow._hub": {"HubError", "explaining_hub"},
     "mteditflow._locks": {"sole_writer"},
     "mteditflow._pipes": {"reader_may_leave"},
     # Foreign text on a terminal, and the options of every command with a judge.

@@ -17,7 +17,7 @@ from mteditflow._exits import BAD_INPUT, refuse
 from mteditflow._pipes import reader_may_leave
 from mteditflow.objectives import OBJECTIVES, Objective
 
-from .config import Config, ConfigError, dumped, field_names, name_of, typed
+from .config import Config, ConfigError, dumped, name_of, typed
 from .field_help import with_help
 from .parser_errors import reworded
 from .soundness import checked
@@ -111,7 +111,7 @@ def _with_fields(base: Config, words: Sequence[str]) -> Config:
                 add_help=False,
             )
     except SystemExit as error:
-        wrong = reworded(_in_a_line(said.getvalue()), words, field_names(base))
+        wrong = reworded(_in_a_line(said.getvalue()), words, base)
         raise ConfigError(wrong) from error
 
 

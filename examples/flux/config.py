@@ -339,21 +339,21 @@ class Rewards:
 
 @dataclass(frozen=True)
 class Gate:
-    """KL to the reference on those trajectories alone whose trained rewards look too good."""
+    """KL to the reference only on trajectories whose trained rewards look too good."""
 
     auxiliary: tuple[str, ...] = ()
-    """Rewards of weight 0, more is better, such as a scorer's "aesthetics": the KL of
+    """Rewards of weight 0 where more is better, such as a scorer's "aesthetics": the KL of
     objective.kl_coef acts where the trained rewards rank a trajectory above them (GARDO). Without a
     value: it acts everywhere."""
     share: PositiveShare = 0.1
-    """Share of a round's trajectories that are gated at first."""
+    """Initial share of a round's trajectories that are gated."""
     minimum: Share = 0.0
     """Smallest share."""
     maximum: PositiveShare = 1.0
-    """Largest share, of which mteditflow budget takes the reference's passes."""
+    """Largest share; mteditflow budget counts the reference's passes at it."""
     window: Count = 20
-    """Earlier rounds that a round's uncertainty is compared with: above all of them the share
-    grows by a tenth, below all it falls by one."""
+    """Number of earlier rounds that a round's uncertainty is compared with: above all of them the
+    share grows by a tenth, below all of them it shrinks by a tenth."""
 
     @property
     def adaptive(self) -> GatedShare | None:
@@ -645,6 +645,33 @@ def name_of(objective: Objective) -> str:
     return next(name for name, kind in OBJECTIVES.items() if type(objective) is kind)
 
 
+def options_of(objective: Objective) -> list[str]:
+    """Return the dotted names of an objective's fields; those of a section, not the section.
+
+    Example:
+        >>> from mteditflow.objectives import GRPO
+        >>> options_of(GRPO())[:2]
+        ['solver', 'noise_level']
+    """
+    names = [x.removeprefix("objective.") for x in field_names(Config(objective=objective))
+             if x.startswith("objective.")]  # fmt: skip
+    return [name for name in names if not any(x.startswith(f"{name}.") for x in names)]
+
+
+def objectives_with(field: str, *, rewarded: bool) -> list[str]:
+    """Return the names of the objectives, with or without a reward, that have a field.
+
+    Example:
+        >>> objectives_with("objective.nft_beta", rewarded=True)
+        ['nft']
+    """
+    return [
+        name
+        for name, kind in OBJECTIVES.items()
+        if kind.card.rewarded == rewarded and field in field_names(Config(objective=kind()))
+    ]
+
+
 def _objective(given: Any, *, rewarded: bool) -> Objective:
     """Build an objective, of those with or without a reward, from its name and fields.
 
@@ -661,6 +688,12 @@ def _objective(given: Any, *, rewarded: bool) -> Objective:
     known = [x for x in field_names(Config(objective=default)) if x.startswith("objective.")]
     if unknown:
         field = f"objective.{unknown[0]}"
+        others = objectives_with(field, rewarded=rewarded)
+        if others:
+            raise ConfigError(
+                f"{field}: expected a field of {name}, got one of {', '.join(others)}; {name} has "
+                f"{', '.join(options_of(default))}"
+            )
         raise ConfigError(f"{field}: {name} has no such field{hint(field, known)}")
     try:
         return _strictly(OBJECTIVES[name], values)

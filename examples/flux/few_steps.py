@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mteditflow._hub import HubError, explaining_hub
 from mteditflow.pipelines import Editor, Family, LoraPolicies, Start, load_sibling, read_lora
 
 from .config import Config, ConfigError, Model, Sampling
@@ -51,12 +52,13 @@ def load_sampler(config: Config, editor: Editor) -> Sibling | None:
     if sampling.model is None:
         return None
     try:
-        sibling = load_sibling(
-            editor,
-            sampling.model,
-            compile_blocks=model.compile,
-            quantize=None if model.quantize == "none" else model.quantize,
-        )
+        with explaining_hub("sampling.model", sampling.model):
+            sibling = load_sibling(
+                editor,
+                sampling.model,
+                compile_blocks=model.compile,
+                quantize=None if model.quantize == "none" else model.quantize,
+            )
         policies = LoraPolicies(
             sibling.transformer,
             sibling.lora(
@@ -67,6 +69,8 @@ def load_sampler(config: Config, editor: Editor) -> Sibling | None:
         )
     except ConfigError:
         raise
+    except HubError as error:
+        raise ConfigError(str(error)) from error
     except (OSError, ValueError) as error:
         raise ConfigError(with_field("sampling.model", error)) from error
     return Sibling(sibling, policies)

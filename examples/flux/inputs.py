@@ -12,8 +12,9 @@ import torch
 from accelerate import Accelerator
 
 from mteditflow import gather_ranks
-from mteditflow._exits import BAD_INPUT, refuse
-from mteditflow._files import require_folder
+from mteditflow._exits import BAD_INPUT, naming_argument, refuse
+from mteditflow._files import require_folder, require_no_device
+from mteditflow._hub import HubError, explaining_hub
 from mteditflow._text import parse_json
 from mteditflow.chains import ChainDataset, ChainError, GroupSampler, InformativeSampler
 from mteditflow.chains.formats.stored import is_stored
@@ -91,9 +92,9 @@ def check(config: Config) -> None:
     if isinstance(config, DistillationConfig):
         files["teacher.sessions"] = config.teacher.sessions
     for name, path in files.items():
-        if path is not None and not path.is_file() and not is_stored(path):
-            got = f"none at {path}" if not path.exists() else f"the folder {path}"
-            raise ConfigError(f"{name}: expected a file of chains, got {got}")
+        if path is not None:
+            with naming_argument(name):
+                _check_chains(name, path)
     if isinstance(config, DistillationConfig) and config.teacher.path is not None:
         check_lora("teacher.path", config.teacher.path, config.model.lora_rank)
     if config.model.lora is not None:
@@ -101,6 +102,19 @@ def check(config: Config) -> None:
         check_lora("model.lora", config.model.lora, config.model.lora_rank if continued else None)
     if config.sampling.lora is not None:
         check_lora("sampling.lora", config.sampling.lora, None)
+
+
+def _check_chains(field: str, path: Path) -> None:
+    """Raise unless a path is a file, or a stored data set.
+
+    Raises:
+        ConfigError: it is missing, or a folder of something else.
+        OSError: it is a device or a pipe, or cannot be looked up.
+    """
+    require_no_device(path)
+    if not path.is_file() and not is_stored(path):
+        got = f"none at {path}" if not path.exists() else f"the folder {path}"
+        raise ConfigError(f"{field}: expected a file of chains, got {got}")
 
 
 def _check_model(field: str, source: str) -> None:
@@ -175,7 +189,8 @@ def read_inputs(config: Config, accelerator: Accelerator) -> Inputs:
     sessions = None
     if isinstance(config, DistillationConfig) and config.teacher.sessions is not None:
         others = chains, None if held_out is None else held_out.chains
-        compared = load_sessions(config, config.teacher.sessions, notes, *others)
+        with _naming("teacher.sessions"):
+            compared = load_sessions(config, config.teacher.sessions, notes, *others)
         require_fitting(config, family, compared)
         sessions = HeldOut(compared, config.output.folder / "sessions", accelerator)
     if accelerator.is_main_process:
@@ -207,7 +222,10 @@ def _family(field: str, source: str) -> Family:
         ConfigError: the pipeline cannot be trained, or does not exist.
     """
     try:
-        return family_of(source)
+        with explaining_hub(field, source):
+            return family_of(source)
+    except HubError as error:
+        raise ConfigError(str(error)) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"{field}: {error}") from error
 

@@ -16,6 +16,7 @@ import transformers
 from accelerate import Accelerator
 from PIL import Image
 
+from mteditflow._hub import HubError, explaining_hub
 from mteditflow.chains import ChainDataset, read_chains, shared
 from mteditflow.evaluation import MadeBy
 from mteditflow.evaluation.provenance import content_hash
@@ -60,7 +61,10 @@ def load_policies(
     """
     quiet_libraries()
     try:
-        return _policies(config, accelerator, instructions)
+        with explaining_hub("model.path", config.model.path):
+            return _policies(config, accelerator, instructions)
+    except HubError as error:
+        raise ConfigError(str(error)) from error
     except ConfigError:
         raise
     except (OSError, ValueError) as error:

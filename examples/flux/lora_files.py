@@ -7,6 +7,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from mteditflow._files import require_no_device
+
 from .config import ConfigError
 
 LORA = "pytorch_lora_weights.safetensors"  # diffusers' file name in a folder or Hub repository
@@ -21,6 +23,7 @@ def check_lora(field: str, path: Path, rank: int | None) -> None:
         ConfigError: the file is missing, is no LoRA, or has another rank.
     """
     try:
+        require_no_device(path)  # opening a pipe would wait for a writer
         with safe_open(path / LORA if path.is_dir() else path, framework="pt") as file:
             names = [name for name in file.keys() if FACTOR_A.search(name)]  # noqa: SIM118
             ranks = {file.get_slice(name).get_shape()[0] for name in names}

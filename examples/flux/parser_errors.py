@@ -6,26 +6,38 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
-from .spelling import hint
+from .config import (
+    Config,
+    DistillationConfig,
+    field_names,
+    name_of,
+    objectives_with,
+    options_of,
+)
+from .spelling import meant
 
 _OPTION = r"(?P<option>--[\w.-]+)"
+# Options of accelerate's and torch's launchers: the trainer has none for the number of ranks.
+_LAUNCHERS = ("gpus", "gpu", "num_gpus", "num_processes", "nproc_per_node", "num_machines")
 _KINDS = {"INT": "a whole number", "FLOAT": "a number", "STR": "a word", "PATH": "a path"}
 
 
-def reworded(said: str, words: Sequence[str], known: Sequence[str]) -> str:
+def reworded(said: str, words: Sequence[str], config: Config) -> str:
     """Return a tyro error as "option: expected X, got Y"; unknown messages stay as they are.
 
     Args:
         said: message of tyro, on one line.
         words: arguments of the command line.
-        known: dotted names of the fields.
+        config: configuration whose fields are the options.
 
     Example:
-        >>> reworded("Error parsing --a.b: invalid literal for int() with base 10: 'x'", [], [])
+        >>> wrong = "Error parsing --a.b: invalid literal for int() with base 10: 'x'"
+        >>> reworded(wrong, [], Config())
         "--a.b: expected a whole number, got 'x'"
-        >>> reworded("Unrecognized options: 2", ["--a.b", "1", "2"], ["a.b"])
+        >>> reworded("Unrecognized options: 2", ["--a.b", "1", "2"], Config())
         "--a.b 1: expected no further value, got '2'"
     """
+    known = field_names(config)
     for pattern, words_of in _PATTERNS:
         if found := re.match(pattern, said):
             return words_of(found)
@@ -38,7 +50,32 @@ def reworded(said: str, words: Sequence[str], known: Sequence[str]) -> str:
     field = word.removeprefix("--").replace("-", "_")
     if field in known:  # a dictionary field has an option per entry, none of its own
         return f"{word}: expected its entries one by one, as {word}.NAME VALUE"
-    return said + _option_hint(field, known)
+    if other := _elsewhere(field, config):
+        return f"{word}: {other}"
+    return said + _near(field, known)
+
+
+def _elsewhere(field: str, config: Config) -> str | None:
+    """Return what an option belongs to that this configuration does not have; None if nothing.
+
+    Example:
+        >>> _elsewhere("teacher.path", Config())
+        'expected an option of the trainer, got one of examples/self_distillation.py'
+    """
+    if field in _LAUNCHERS:
+        return (
+            "expected an option of the trainer, got one of the launcher; give accelerate launch "
+            "--num_processes N before the script"
+        )
+    if others := objectives_with(field, rewarded=config.objective.card.rewarded):
+        name = name_of(config.objective)
+        return (
+            f"expected an option of {name}, got one of {', '.join(others)}; {name} has "
+            f"--objective.NAME for {', '.join(options_of(config.objective)).replace('_', '-')}"
+        )
+    if field in field_names(DistillationConfig()) and field.startswith("teacher."):
+        return "expected an option of the trainer, got one of examples/self_distillation.py"
+    return None
 
 
 def _stray(word: str, words: Sequence[str], known: Sequence[str]) -> str | None:
@@ -49,19 +86,34 @@ def _stray(word: str, words: Sequence[str], known: Sequence[str]) -> str | None:
     start = max((i for i, other in enumerate(before) if other.startswith("--")), default=None)
     if start is None:
         field = word.removeprefix("-").replace("-", "_")
-        return f"options: expected --NAME VALUE, got {word!r}{_option_hint(field, known)}"
+        return f"options: expected --NAME VALUE, got {word!r}{_near(field, known)}"
     return f"{' '.join(before[start:])}: expected no further value, got {word!r}"
 
 
-def _option_hint(field: str, known: Sequence[str]) -> str:
+def _near(field: str, known: Sequence[str]) -> str:
+    """Return a suggestion of similar options; sections are none."""
+    return option_hint(field, [name for name in known if "." in name])
+
+
+def option_hint(field: str, known: Sequence[str]) -> str:
     """Return a suggestion of similar options, spelled as options.
 
+    Args:
+        field: name without dashes.
+        known: names of the options.
+
     Example:
-        >>> _option_hint("training.lr", ["training.learning_rate"])
+        >>> option_hint("training.lr", ["training.learning_rate"])
         '; perhaps --training.learning-rate'
+        >>> option_hint("memry", ["memory", "training.rounds"])
+        '; perhaps --memory'
     """
-    plain = hint(field, [name for name in known if "." in name])
-    return re.sub(r"[a-z_]+(?:\.[a-z_]+)+", lambda x: f"--{x[0].replace('_', '-')}", plain)
+    found = meant(field, known)
+    return f"; perhaps {' or '.join(map(_option, found))}" if found else ""
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _of_kinds(found: re.Match[str]) -> str:

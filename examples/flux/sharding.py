@@ -123,7 +123,7 @@ def _launched_zero() -> dict[str, Any]:
     if (stage := zero.get("stage")) != 3:
         raise ConfigError(
             f"zero_stage: expected 3, got {stage}; ZeRO-2 needs DeepSpeed's own optimizer, which "
-            "saves at most 3 GB of a LoRA's training and keeps the adapters in private copies"
+            "saves at most 3 GiB of a LoRA's training and keeps the adapters in private copies"
         )
     if (device := (zero.get("offload_optimizer") or {}).get("device", "none")) != "none":
         raise ConfigError(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 from mteditflow.objectives import OBJECTIVES, ForwardObjective
 from mteditflow.rewards import SCALES
@@ -106,7 +106,7 @@ def _unsound(config: Config) -> Iterator[str]:
         yield f"rewards.{error}"
     if evaluation.policy == "ema" and training.ema_decay == 0:
         yield "evaluation.policy: expected current or old, since ema_decay = 0 keeps no average"
-    if config.output.resume not in RESUME and not Path(config.output.resume).is_dir():
+    if config.output.resume not in RESUME and not os.path.isdir(config.output.resume):
         yield (
             f"output.resume: expected auto, best, never or the folder of a checkpoint, got "
             f"{config.output.resume!r}"

@@ -80,12 +80,22 @@ def hint(name: str, known: Iterable[str]) -> str:
         >>> hint("training.zzz", ["training.rounds"])
         ''
     """
-    found = _meant(name, sorted(set(known)))
+    found = meant(name, known)
     return f"; perhaps {' or '.join(found)}" if found else ""
 
 
-def _meant(name: str, known: list[str]) -> list[str]:
-    """Return the fields that a name may mean, from the most reliable rule that gives any."""
+def meant(name: str, known: Iterable[str]) -> list[str]:
+    """Return the fields that an unknown name may mean, from the most reliable rule that gives any.
+
+    Args:
+        name: dotted name; its section may be missing or wrong.
+        known: dotted names of the fields and their sections.
+
+    Example:
+        >>> meant("lr", ["training.learning_rate", "training.rounds"])
+        ['training.learning_rate']
+    """
+    known = sorted(set(known))
     section, _, word = name.rpartition(".")
     words = {field.rpartition(".")[2] for field in known}
     if word not in words and USUAL.get(word) in known:

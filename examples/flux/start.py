@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from mteditflow import AdaptiveKL, RewardHistory
-from mteditflow._exits import refusing
+from mteditflow._exits import naming_argument, refusing
 from mteditflow._locks import sole_writer
 from mteditflow.chains import ChainError
 from mteditflow.drift import DriftWatch
@@ -160,7 +160,8 @@ def _main(train: Callable[[Run], None], config: Config) -> None:
                 refuse_sharded(config.sampling, shards.how)
                 check_optimizer(config.training, sharded=shards.how == "fsdp2")
                 inputs = read_inputs(config, accelerator)
-                log = _open_log(folder, accelerator, stack)
+                with naming_argument("output.folder"):
+                    log = _open_log(folder, accelerator, stack)
                 cache = folder / f"answers-{accelerator.process_index}.sqlite"
                 submit = stack.enter_context(scoring(config.rewards, cache))
             start_trackers(accelerator, config)

@@ -50,7 +50,10 @@ class RoundSampler(Sampler[list[int]]):
         size = groups * group_size
         name, shared = ("groups * group_size", size) if split_groups else ("groups", groups)
         if shared % ranks:
-            raise ValueError(f"{name}: expected a multiple of the {ranks} ranks, got {shared}")
+            more = -(-shared // ranks) * ranks
+            raise ValueError(
+                f"{name}: expected a multiple of the {ranks} ranks, got {shared}; next: {more}"
+            )
         self._own = slice(rank * size // ranks, (rank + 1) * size // ranks)
         self._chains, self._groups, self._group_size = len(chains), groups, group_size
         self._seed = seed

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from mteditflow._command import OneLineGroup
 from mteditflow._exits import failing, refusing
+from mteditflow._hub import explaining_hub
 from mteditflow._images import folder_images
 from mteditflow._text import escape_markup
 from mteditflow.chains import TaskType, read_chains
@@ -116,7 +117,8 @@ def plan(
             stack.enter_context(writing(output))
             from mteditflow.rewards.consistency.models import GroundingDino  # slow to import
 
-            finder = GroundingDino.from_pretrained(detector, device=device)
+            with explaining_hub("detector", detector):
+                finder = GroundingDino.from_pretrained(detector, device=device)
         planner = Planner(client, finder, turns=turns, seed=seed, weights=weights)
         run = partial(
             plan_images,

@@ -49,8 +49,8 @@ def check_source(name: str, source: str, file: str) -> None:
         Traceback (most recent call last):
         ValueError: detector: expected a folder with config.json or a hub id, got 'nowhere/at/all'
     """
-    folder = Path(source)
-    there = (folder / file).is_file() if folder.exists() else HUB_ID.fullmatch(source) is not None
+    is_path = os.path.exists(source)  # unlike Path.exists, false for a name that no file can have
+    there = os.path.isfile(Path(source) / file) if is_path else HUB_ID.fullmatch(source) is not None
     if not there:
         raise ValueError(f"{name}: expected a folder with {file} or a hub id, got {source!r}")
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from typing import Any, NoReturn
 
+from mteditflow._spelling import perhaps
 from mteditflow.testing.kinds import KINDS
 from mteditflow.testing.law import EXAMPLES, SEARCH, Laws, Result
 from mteditflow.testing.signatures import SIGNATURES
@@ -44,6 +45,10 @@ HELP = {
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: --"):
+            word = message.split()[2].partition("=")[0]
+            options = (f"--{name.replace('_', '-')}" for name in (*HELP, *SEARCH))
+            message += perhaps(word, options)
         _refuse(message)
 
 

@@ -159,10 +159,10 @@ def test_errors():
         ({"rank": 1}, "rank: expected an integer in [0, 1), got 1"),
         ({"rank": -1}, "rank: expected an integer >= 0, got -1"),
         ({"groups": 7}, "groups: expected at most the 6 chains, got 7"),
-        ({"ranks": 3}, "groups: expected a multiple of the 3 ranks, got 2"),
+        ({"ranks": 3}, "groups: expected a multiple of the 3 ranks, got 2; next: 3"),
         (
             {"ranks": 4, "split_groups": True},
-            "groups * group_size: expected a multiple of the 4 ranks, got 6",
+            "groups * group_size: expected a multiple of the 4 ranks, got 6; next: 8",
         ),
         ({"remainder": "pad"}, "remainder: expected one of ['drop', 'wrap'], got 'pad'"),
     ):

@@ -125,7 +125,7 @@ def test_errors():
         ({"groups": 5}, "groups: expected at most the 4 chains, got 5"),
         ({"uniform": 0.0}, "uniform: expected a finite number in (0, 1], got 0.0"),
         ({"memory": 1.0}, "memory: expected a finite number in [0, 1), got 1.0"),
-        ({"ranks": 3}, "groups: expected a multiple of the 3 ranks, got 2"),
+        ({"ranks": 3}, "groups: expected a multiple of the 3 ranks, got 2; next: 3"),
     ):
         with pytest.raises(ValueError, match=exactly(message)):
             build(**options)

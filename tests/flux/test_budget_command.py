@@ -14,7 +14,7 @@ from mteditflow_examples.shapes.files import write_world
 
 from docs import render_budget
 from mteditflow import cli
-from mteditflow.budget import find_model, peak, phases, work
+from mteditflow.budget import GPUS, find_model, least_hours, peak, phases, work
 from mteditflow.budget.advice import CHANGES, QUANTIZE
 from tests.loops import some
 
@@ -59,12 +59,29 @@ def test_exit_codes(capsys, monkeypatch):
     ("words", "expected"),
     [
         (["nope"], "preset: expected one of"),
-        (["kontext-nft", "--memory", "much"], "argument --memory: invalid float value: 'much'"),
+        (["kontext-nft", "--memory", "much"], "--memory: expected a number, got 'much'"),
         (["kontext-nft", "--memory", "0"], "memory: expected a finite number in (0.6, 10000]"),
         (["kontext-nft", "--memory", "inf"], "memory: expected a finite number in"),
         (["kontext-nft", "--model.resolution", "500"], "resolution: expected a multiple of 16"),
         (["kontext-nft", "--gpus", "0"], "gpus: expected"),
-        (["kontext-nft", "--gpus", "7"], "--gpus: expected a divisor of the 8 groups"),
+        (["kontext-nft", "--gpus"], "--gpus: expected a value, got none"),
+        (
+            ["kontext-nft", "--gpus", "6"],
+            "--gpus: expected a divisor of the 8 groups, each on one GPU, got 6; give "
+            "--data.groups 12\n",
+        ),
+        (
+            ["kontext-nft", "--gpus", "16"],
+            "--gpus: expected a divisor of the 8 groups, each on one GPU, got 16; give "
+            "--data.groups 16, or --data.split-groups\n",
+        ),
+        (
+            ["kontext-nft", "--gpu", "H200"],
+            "options: expected --memory, --gpus, --efficiency, --json or --SECTION.FIELD of the "
+            "trainer, got --gpu; perhaps --gpus\n",
+        ),
+        (["kontext-nft", "--memry=24"], "options: expected --memory, --gpus, --effi"),
+        (["kontext-nft", "--lr", "1"], "options: expected --memory, --gpus, --effi"),
         (["kontext-nft", "--model.shard", "fsdp2"], "model.shard: expected none in one process"),
         (
             ["kontext-nft", "--gpus", "2", "--model.shard", "fsdp2", "--model.quantize", "nf4"],
@@ -75,7 +92,8 @@ def test_exit_codes(capsys, monkeypatch):
         (["kontext-nft", "--efficiency", "2"], "efficiency: expected"),
         (["kontext-nft", "--training.batch", "0"], "training.batch: "),
         (["kontext-nft", "--training.btach", "2"], "Unrecognized options: --training.btach"),
-        (["kontext-nft", "--model.path", "nowhere"], "model: expected a folder with model_index"),
+        (["kontext-nft", "--model.path", "nowhere"], "model.path: expected a folder with model_"),
+        (["kontext-nft", "--model.path", "/" + "x" * 300], "model.path: [Errno 36] File name"),
         (["kontext-nft", "--sampling.steps", "1", "objective:nope"], "objective: expected one of"),
     ],
 )
@@ -301,13 +319,13 @@ def test_facts_that_the_page_states():
         )
         assert with_it / without - 1 == pytest.approx(share, abs=0.006)
     assert "43% more FLOPs of an update for NFT, 45% for GRPO" in text
-    # gradient and two moments of float32 of rank 64 on all ranks but this one, GB
-    assert plan("kontext-grpo").costs.row.adapters * 12 / 1e9 == pytest.approx(3.1, abs=0.05)
-    assert "at most 3.1 GB" in text
+    # gradient and two moments of float32 of rank 64 on all ranks but this one, GiB
+    assert plan("kontext-grpo").costs.row.adapters * 12 / 2**30 == pytest.approx(2.9, abs=0.05)
+    assert "at most 2.9 GiB" in text
     flux = plan("kontext-nft").costs.vae
     assert flux.decode == flux.decode_tiled
     nf4 = peak(replace(plan("kontext-nft"), quantize="nf4"))
-    assert f"{nf4.total / 2**30:.1f} GiB at its peak, predicted" in text
+    assert f"{nf4.total / 2**30:.1f} GiB at its peak" in text
 
 
 def test_the_page_shows_every_preset_as_it_is_predicted():
@@ -316,8 +334,22 @@ def test_the_page_shows_every_preset_as_it_is_predicted():
     assert set(render_budget.table().splitlines()) <= set(shown)
     assert [x.split("`")[1] for x in shown[2:]] == sorted(x.stem for x in PRESETS.glob("*.toml"))
     for line in some(shown[2:]):
-        figures = line.strip("| ").split(" | ")[1:]
-        assert all(some([x.endswith(" predicted") for x in figures]))
+        assert len(line.strip("| ").split(" | ")) == len(render_budget.COLUMNS)
+    said = text.partition(render_budget.START)[0].splitlines()[-4:]
+    assert "All figures of this table are predicted" in " ".join(said)
     assert render_budget.page(text, "".join(f"{x}\n" for x in shown)) == text
     with pytest.raises(ValueError, match="expected one <!-- budget: start -->"):
         render_budget.page("", "")
+
+
+def test_the_judges_rate_on_the_page():
+    """Calls a round of the command for eight GPUs, over the seconds that its sampling takes."""
+    text = " ".join(render_budget.PAGE.read_text(encoding="utf-8").split())
+    config = parse(["kontext-nft", "--data.groups", "12"], services=False)
+    plan = budget.plan_of(config, gpus=6)
+    calls, cost = plan.trajectories, work(plan)
+    seconds = least_hours(plan, GPUS["H100/H200"], rounds=1) * 3600
+    sampling = seconds * cost.sampling / cost.total
+    assert f"12 x 16 = {calls} calls a round, or {calls * plan.turns} with three turns" in text
+    assert f"{seconds:.0f} s a round on six H100" in text
+    assert f"({sampling:.0f} s), the judge has to give {calls / sampling:.1f} answers" in text

@@ -214,13 +214,13 @@ def test_an_objective_of_another_kind_is_refused(words, message):
     ],
 )
 def test_a_field_of_another_objective_is_refused(words):
-    with pytest.raises(ConfigError, match=f"^Unrecognized options: {words[-2]}, {words[-1]}(; |$)"):
+    with pytest.raises(ConfigError, match=f"^{words[-2]}: expected an option of .*, got one of "):
         parse(words)
     section, name = words[-2].removeprefix("--").split(".")
     name = name.replace("-", "_")
     if section == "objective":
         values = {"name": name_of(parse(words[:-2]).objective), name: 0.1}
-        with pytest.raises(ConfigError, match=rf"^objective\.{name}: \w+ has no such field$"):
+        with pytest.raises(ConfigError, match=rf"^objective\.{name}: expected a field of"):
             typed(SOUND | {"objective": values})
 
 
@@ -547,7 +547,10 @@ def test_an_unknown_option_is_an_error_that_names_the_nearest():
         ('objective = ["nft"]', r"objective\.name: expected one of \[.*\], got \['nft'\]"),
         ('[objective]\nname = ["nft"]', r"objective\.name: expected one of \[.*\], got \['nft'\]"),
         ('[objective]\nname = "distillation"', r"objective\.name: expected one of .* got 'distil"),
-        ('[objective]\nname = "nft"\nclip_low = 1', r"objective\.clip_low: nft has no such field"),
+        (
+            '[objective]\nname = "nft"\nclip_low = 1',
+            r"objective\.clip_low: expected a field of nft",
+        ),
         (
             '[objective]\nname = "nft"\n[objective.renoise]\nlevel = 4',
             r"objective\.renoise\.level: nft has no such field",

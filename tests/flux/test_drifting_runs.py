@@ -15,6 +15,7 @@ from mteditflow.rewards import Fault, Lost, TurnScores, pixel_change
 from mteditflow.training import SessionCounts
 from tests.flux.rounds import started
 from tests.flux.worlds import options, weights
+from tests.glossary import undocumented
 from tests.loops import some
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -125,6 +126,7 @@ def test_a_run_with_curriculum_and_gate_goes_on_to_the_same_weights(world, tmp_p
         state = run.state.teacher
     whole = log(tmp_path / "whole")
     assert [line["chains/turns"] for line in whole] == [1, 1, 1, 2]
+    assert undocumented(name for line in some(whole) for name in line) == []
     assert ["teacher/promoted" in line for line in whole] == [False, True, False, True]
     assert seen[0][1] == {"success_margin": 2, "collapse_margin": 5}
     again = ("--output.resume", tmp_path / "whole" / "checkpoints" / "round-000002")

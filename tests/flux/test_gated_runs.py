@@ -23,6 +23,7 @@ from tests.flux.rounds import ForwardRows, first_round, started
 from tests.flux.test_train_flux import Recording
 from tests.flux.test_updating import updater_of
 from tests.flux.worlds import weights
+from tests.glossary import undocumented
 from tests.loops import some
 from tests.samples_of_scores import turn_scores
 
@@ -241,6 +242,7 @@ def test_share_gate_and_resets_are_logged(whole):
     folder, state, _ = whole
     lines, share = lines_of(folder), GatedShare(0.5, window=1)
     for line in some(lines):
+        assert undocumented(line) == []
         assert line["gate/share"] == share.value
         assert line["training/gated"] == line["gate/trajectories"]
         assert 0 < line["gate/trajectories"] < 1

@@ -16,6 +16,7 @@ from mteditflow.objectives import RoundKey
 from mteditflow.rewards import TurnScores
 from tests.flux.rounds import started
 from tests.flux.worlds import weights
+from tests.glossary import undocumented
 from tests.loops import some
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -153,6 +154,7 @@ def test_a_run_that_grows_goes_on_to_the_same_weights(world, tmp_path, objective
         assert run.first_round == 1
     whole, resumed = (log(tmp_path / x) for x in ("whole", "again"))
     assert [line["chains/turns"] for line in whole] == [2, 2, 3]
+    assert undocumented(name for line in some(whole) for name in line) == []
     assert whole[1:] == resumed
     changes = [line["chains/change"] for line in whole]
     assert all(math.isnan(x) or 0 <= x <= 255 for x in some(changes))

@@ -85,7 +85,7 @@ def test_a_dry_run_of_accelerate_starts_the_ranks(monkeypatch, file, how, machin
     [
         (
             ["--zero_stage", "2"],
-            r"zero_stage: expected 3, got 2; .* at most 3 GB .* private copies",
+            r"zero_stage: expected 3, got 2; .* at most 3 GiB .* private copies",
         ),
         (["--zero3_init_flag", "true"], "zero3_init_flag: expected false, got true"),
         (["--offload_optimizer_device", "cpu"], "offload_optimizer_device: expected none"),

@@ -26,6 +26,17 @@ from mteditflow_examples.flux.config import ConfigError
             "--rewards.weights: expected its entries one by one, as --rewards.weights.NAME VALUE",
         ),
         ("--training.lr 1", "Unrecognized options: --training.lr, 1; perhaps --training.learn"),
+        (
+            "--objective.clip-low 0.1",
+            "--objective.clip-low: expected an option of nft, got one of grpo, guard, awm; nft has "
+            "--objective.NAME for renoise.distribution, ",
+        ),
+        (
+            "--teacher.path x",
+            "--teacher.path: expected an option of the trainer, got one of "
+            "examples/self_distillation.py",
+        ),
+        ("--gpus 6", "--gpus: expected an option of the trainer, got one of the launcher; give"),
         ("nft", "options: expected --NAME VALUE, got 'nft'"),
         (
             "training.batch 2",
@@ -38,3 +49,8 @@ def test_an_error_names_the_option_the_expectation_and_the_value(words, expected
         parse(["kontext-nft", *words.split()], services=False)
     assert str(refused.value).startswith(expected)
     assert "\n" not in str(refused.value)
+
+
+def test_a_name_that_no_file_can_have_is_refused_as_the_options_value():
+    with pytest.raises(ConfigError, match=r"^output\.resume: expected auto, best, never or"):
+        parse(["kontext-nft", "--output.resume", "/" + "x" * 300], services=False)

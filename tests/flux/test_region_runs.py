@@ -27,6 +27,7 @@ from mteditflow.chains import Chain
 from mteditflow.rewards import BINARY, TurnScores
 from tests.flux.rounds import started
 from tests.flux.worlds import weights
+from tests.glossary import undocumented
 from tests.loops import some
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -120,6 +121,7 @@ def test_a_filled_run_by_regions_goes_on_to_the_same_weights(world, tmp_path):
     assert whole[1:] == resumed
     assert 0 < whole[0]["regions/following"] < whole[0]["regions/consistency"] < 1
     assert 0 <= whole[0]["regions/clamped"] < 1
+    assert undocumented(name for line in some(whole) for name in line) == []
     assert all(line["filling/trajectories"] in (0, 2, 4) for line in some(whole))
     for name in some(("current", "old", "optimizer")):
         ours, theirs = (weights(tmp_path / x, name, done=2) for x in ("whole", "again"))

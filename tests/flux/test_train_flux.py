@@ -28,6 +28,7 @@ from mteditflow.rewards import BINARY, LIKERT, Fault, InvalidRewardsError, Lost,
 from mteditflow.training import Updater
 from tests.flux.rounds import first_round, started, turn_values
 from tests.flux.worlds import ENVIRONMENT, SCRIPT, options, run, weights
+from tests.glossary import undocumented
 from tests.loops import some
 from tests.processes import Process
 from tests.samples_of_scores import evaluation, turn_scores
@@ -388,6 +389,7 @@ def test_a_run_leaves_what_its_user_looks_for(world, tmp_path):
     assert not any(name.endswith((".pt", ".pkl", ".bin", ".pth")) for name in some(left))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [1, 2, 3, 4, 5]
+    assert undocumented(name for line in some(lines) for name in line) == []
     assert lines[0]["training/learning_rate"] == pytest.approx(1e-3)
     assert lines[-1]["training/learning_rate"] == pytest.approx(1e-4)
 

@@ -25,7 +25,7 @@ def test_there_is_a_command_to_launch():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_understood(command):
     config = parse(shlex.split(command))
-    assert config.rewards.judge
+    assert config.rewards.judge or config.rewards.scorer
 
 
 def test_the_command_of_mt_opsd_is_understood():

@@ -5,6 +5,7 @@ import torch
 
 import mteditflow as mt
 from mteditflow.objectives import OBJECTIVES, Renoise, RoundKey
+from tests.glossary import undocumented
 from tests.loops import some
 
 B, N, S = 4, 2, 3
@@ -62,3 +63,12 @@ def test_defaults_change_nothing(name, keyed):
     for ours, theirs in some(zip(found, expected, strict=True)):
         assert ours.dtype == theirs.dtype == torch.float32
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_metric_is_in_the_glossary(name):
+    objective = OBJECTIVES[name]()
+    own = advantage if objective.card.rewarded else None
+    drawn = objective.units(trajectory, own, key=RoundKey(0, 3), minibatches=1)
+    found = {metric for units in drawn for metric in objective(velocity, trajectory, units).metrics}
+    assert undocumented(f"training/{metric}" for metric in some(found)) == []

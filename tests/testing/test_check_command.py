@@ -282,6 +282,10 @@ def test_kinds_and_their_options(capsys, words):
         (("advantage", "USER:right", "--examples", "0"), "examples: expected an integer >= 1"),
         (("advantage", "USER:right", "--only", "sum"), "law: expected one of pure, "),
         (("advantage", "USER:right", "--level", "x"), "unrecognized arguments: --level x"),
+        (
+            ("advantage", "USER:right", "--exmaples", "9"),
+            "unrecognized arguments: --exmaples 9; perhaps --examples",
+        ),
         (("loss", "USER:right"), "the following arguments are required: --inputs, --trained"),
         (
             ("loss", "USER:right", "--inputs", "x", "--trained", "x"),

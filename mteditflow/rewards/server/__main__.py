@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from mteditflow._command import OneLineCommand
-from mteditflow._exits import refusing
+from mteditflow._exits import naming_argument, refusing
+from mteditflow._hub import explaining_hub
 from mteditflow.rewards.command_line import check_device, check_source, read_secret
 from mteditflow.rewards.consistency.scorer import ConsistencyScorer
 from mteditflow.rewards.consistency.wire import Limits
@@ -36,11 +37,11 @@ def load(
     # Not at the top: importing transformers takes seconds.
     from mteditflow.rewards.consistency.models import DinoV3, GroundingDino
 
-    return ConsistencyScorer(
-        GroundingDino.from_pretrained(detector, device=device, threshold=threshold),
-        DinoV3.from_pretrained(features, device=device),
-        tokens=tokens.value,
-    )
+    with explaining_hub("detector", detector):
+        boxes = GroundingDino.from_pretrained(detector, device=device, threshold=threshold)
+    with explaining_hub("features", features):
+        dino = DinoV3.from_pretrained(features, device=device)
+    return ConsistencyScorer(boxes, dino, tokens=tokens.value)
 
 
 def read_token(file: Path | None) -> str | None:
@@ -110,7 +111,8 @@ def main(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     with refusing():
-        token = read_token(token_file)
+        with naming_argument("--token-file", UnicodeDecodeError):
+            token = read_token(token_file)
         for name, source in (("detector", detector), ("features", features)):
             check_source(name, source, "config.json")
         check_device("device", device)

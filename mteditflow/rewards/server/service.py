@@ -18,6 +18,7 @@ from fastapi import HTTPException
 from PIL import Image
 from torch import Tensor, nn
 
+from mteditflow._hub import HubError
 from mteditflow.rewards.consistency.pairs import Pair, PairScores
 from mteditflow.rewards.consistency.scorer import ConsistencyScorer
 from mteditflow.rewards.consistency.wire import Info, Limits
@@ -158,6 +159,9 @@ class Service:
         try:
             scorer = load()
             self._loaded = scorer, describe(scorer, self._limits)
+        except HubError as error:  # its message has the reason and the remedy
+            LOG.error("the models could not be loaded: %s", error)
+            self.broken = True
         except Exception:
             LOG.exception("the models could not be loaded")
             self.broken = True

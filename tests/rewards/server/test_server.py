@@ -24,6 +24,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 from typer.testing import CliRunner
 
+from mteditflow._hub import explaining_hub
 from mteditflow.rewards import ConsistencyScorer
 from mteditflow.rewards.consistency.wire import (
     MAX_IMAGES,
@@ -434,6 +435,26 @@ def test_a_server_that_loads_or_could_not_load_says_so():
                 assert detail(response, 503) == f"the server is {status}"
                 assert int(response.headers["retry-after"]) >= 10
             go.set()
+
+
+def test_a_model_of_the_hub_that_cannot_be_read_is_one_line_of_the_log(caplog):
+    def load():
+        with explaining_hub("detector", "some/model"):
+            raise OSError("We couldn't connect to 'https://huggingface.co' to load the files")
+
+    with TestClient(create_app(load)) as client:
+        while client.get("/health").json()["status"] != "broken":
+            time.sleep(0.01)
+    (record,) = [x for x in caplog.records if "could not be loaded" in x.message]
+    assert "detector: expected a model that can be read, got some/model: " in record.message
+    assert record.exc_info is None
+
+
+def test_a_token_that_is_no_text_names_its_option(tmp_path):
+    (tmp_path / "token").write_bytes(b"\xff\xfe")
+    ended = CliRunner().invoke(command_line, ["--token-file", str(tmp_path / "token")])
+    assert ended.exit_code == 2
+    assert ended.output.startswith("error: --token-file: 'utf-8' codec can't decode")
 
 
 def test_an_application_that_nobody_started_refuses_instead_of_waiting_and_can_start_twice():
