@@ -114,7 +114,8 @@ def refuse_unknown(words: Sequence[str], own: Sequence[str]) -> None:
     Raises:
         ValueError: there is one; the message has similar options.
     """
-    from mteditflow_examples.flux.config import Config, field_names
+    from mteditflow_examples.flux.config import Config
+    from mteditflow_examples.flux.config_values import field_names
     from mteditflow_examples.flux.parser_errors import option_hint
 
     given = (word.partition("=")[0] for word in words if word.startswith("--") and word != "--help")

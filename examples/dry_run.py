@@ -177,8 +177,9 @@ def _rewards(config: Config, inputs: Inputs) -> str:
         ValueError: a score was lost.
     """
     import torch
+    from mteditflow_examples.flux.advantages import round_rewards
     from mteditflow_examples.flux.config import IDENTITY, ConfigError
-    from mteditflow_examples.flux.rewards import round_rewards, scoring
+    from mteditflow_examples.flux.scoring import scoring
     from PIL import Image
 
     example, side = inputs.chains[0], config.model.resolution

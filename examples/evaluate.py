@@ -44,7 +44,7 @@ from mteditflow_examples.evaluating.output import (
 from mteditflow_examples.evaluating.scoring import Asks, score_chains
 from mteditflow_examples.evaluating.sessions import lme, mice, mse
 from mteditflow_examples.flux.config import Rewards
-from mteditflow_examples.flux.rewards import require_services
+from mteditflow_examples.flux.scoring import require_services
 from tqdm import tqdm
 
 from mteditflow._command import OneLineGroup, writing

@@ -25,7 +25,7 @@ from mteditflow_examples.evaluating.images import no_images
 from mteditflow_examples.evaluating.measures import TERMS, Scale, Terms, measures, summarize
 from mteditflow_examples.evaluating.options import refusing_options
 from mteditflow_examples.flux.config import Rewards
-from mteditflow_examples.flux.rewards import (
+from mteditflow_examples.flux.scoring import (
     check_services,
     consistency_client,
     judge_client,

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 def train(run: Run) -> None:
     """Sample, score, compute advantages, update; evaluate, log and save when due."""
+    from mteditflow_examples.flux.advantages import (
+        reward_advantages,
+        round_rewards,
+        turn_advantages,
+        turn_signals,
+    )
     from mteditflow_examples.flux.checkpointing import restore, save_if_due
     from mteditflow_examples.flux.evaluation import evaluate_if_due
     from mteditflow_examples.flux.filling import Sampled, fill
@@ -36,12 +42,6 @@ def train(run: Run) -> None:
         refuse_flat_rewards,
         refuse_unsound_rewards,
         show_chains,
-    )
-    from mteditflow_examples.flux.rewards import (
-        reward_advantages,
-        round_rewards,
-        turn_advantages,
-        turn_signals,
     )
     from mteditflow_examples.flux.sampling import gather, next_chains, sample, velocity_of
     from mteditflow_examples.flux.updating import check_first_ratios, update

@@ -22,7 +22,7 @@ from mteditflow_examples.findings.running import FULL, SHORT, Ablations, Form, R
 from mteditflow_examples.findings.settings import BASE, FINDINGS, JUDGES, PAPER, PAPER_IN_PICTURES
 from mteditflow_examples.findings.study import EIGHT, THREE, UNTRAINED, Finding, Setting, Study
 from mteditflow_examples.findings.tries import METHODS, RATES, TRIES, chosen, protocol, write_tries
-from mteditflow_examples.flux.config import dumped, name_of
+from mteditflow_examples.flux.config_values import dumped, name_of
 
 from mteditflow.evaluation import Evaluation
 from mteditflow.rewards import TurnScores

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from mteditflow_examples.flux.config import Config, field_names
+from mteditflow_examples.flux.config import Config
+from mteditflow_examples.flux.config_values import field_names
 from mteditflow_examples.flux.spelling import USUAL
 
 import mteditflow as mt

@@ -15,14 +15,14 @@ from typing import NamedTuple
 import anyio.to_thread
 import torch
 from mteditflow_examples.flux.config import Rewards
-from mteditflow_examples.flux.rewards import (
+from mteditflow_examples.flux.scorers import Scorer
+from mteditflow_examples.flux.scoring import (
     Services,
     check_services,
     judged_by,
     own_scorer,
     scale_of,
 )
-from mteditflow_examples.flux.scorers import Scorer
 from PIL.Image import Image
 
 from mteditflow.chains import NO_CHANGE, Chain, ChainError

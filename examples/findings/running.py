@@ -16,13 +16,8 @@ from threading import Lock
 from typing import Any
 
 from mteditflow_examples.flux.command_line import parse
-from mteditflow_examples.flux.config import (
-    Config,
-    ConfigError,
-    DistillationConfig,
-    dumped,
-    typed,
-)
+from mteditflow_examples.flux.config import Config, ConfigError, DistillationConfig
+from mteditflow_examples.flux.config_values import dumped, typed
 from PIL.Image import Image
 from tqdm import tqdm
 

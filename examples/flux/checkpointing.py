@@ -18,7 +18,8 @@ from mteditflow.training import (
     optimizer_state,
 )
 
-from .config import ConfigError, dumped
+from .config import ConfigError
+from .config_values import dumped
 from .gating import resumed
 from .held_out import HeldOut
 from .run import Run

@@ -17,7 +17,8 @@ from mteditflow._exits import BAD_INPUT, refuse
 from mteditflow._pipes import reader_may_leave
 from mteditflow.objectives import OBJECTIVES, Objective
 
-from .config import Config, ConfigError, dumped, name_of, typed
+from .config import Config, ConfigError
+from .config_values import dumped, name_of, typed
 from .field_help import with_help
 from .parser_errors import reworded
 from .soundness import checked

@@ -14,9 +14,9 @@ from mteditflow.training import gather_scores
 
 from .held_out import HELD_OUT, HeldOut
 from .loading import made_by
-from .rewards import scale_of
 from .run import Run
 from .sampling import collect
+from .scoring import scale_of
 
 
 def evaluate_if_due(run: Run) -> bool:

@@ -18,7 +18,7 @@ from mteditflow.pipelines import Rollout
 from mteditflow.rewards import TurnScores
 from mteditflow.training import RoundRewards
 
-from .rewards import round_rewards, turn_advantages, turn_signals
+from .advantages import round_rewards, turn_advantages, turn_signals
 from .run import Run
 from .sampling import RoundChains, Scores, await_all, chains_at, gather, sample
 

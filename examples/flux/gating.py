@@ -14,8 +14,8 @@ import mteditflow as mt
 from mteditflow.objectives import Output, Units
 from mteditflow.training import RoundRewards
 
+from .advantages import aggregation
 from .config import ConfigError, Gate, Rewards
-from .rewards import aggregation
 from .run import GATED, Run
 
 UNCERTAINTY = "gate/uncertainty"

@@ -39,7 +39,7 @@ from .loading import (
 )
 from .lora_files import check_lora
 from .resuming import check_unchanged, find_checkpoint, fingerprints, warn_of_lost_files
-from .rewards import check_services, judged_by, require_services, scale_of
+from .scoring import check_services, judged_by, require_services, scale_of
 from .trackers import check_trackers
 
 INDEX = "model_index.json"  # in the folder of every diffusers pipeline

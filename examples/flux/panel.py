@@ -28,10 +28,10 @@ from mteditflow.evaluation.evaluation import FOLLOWING
 from mteditflow.rewards import TurnScores
 
 from .reporting import DRIFT, draw
-from .rewards import scale_of
 from .run import Run
 from .sampling import RoundChains, Scores
 from .scorers import edited_pixels
+from .scoring import scale_of
 
 STATISTICS = {
     "sharpness": sharpness,

@@ -6,14 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from itertools import takewhile
 
-from .config import (
-    Config,
-    DistillationConfig,
-    field_names,
-    name_of,
-    objectives_with,
-    options_of,
-)
+from .config import Config, DistillationConfig
+from .config_values import field_names, name_of, objectives_with, options_of
 from .spelling import meant
 
 _OPTION = r"(?P<option>--[\w.-]+)"

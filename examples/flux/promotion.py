@@ -8,9 +8,9 @@ from mteditflow.training import SessionCounts, count_sessions, gather_scores, pr
 from .config import ConfigError, DistillationConfig
 from .evaluation import edit_chains, first_scores
 from .held_out import HeldOut
-from .rewards import scale_of
 from .run import Run
 from .sampling import collect
+from .scoring import scale_of
 
 
 def promote_if_due(run: Run) -> None:

@@ -23,10 +23,11 @@ from mteditflow.training import (
     write_report,
 )
 
-from .config import IDENTITY, flat
+from .config import IDENTITY
+from .config_values import flat
 from .gating import UNCERTAINTY
-from .rewards import scale_of
 from .run import FlatRewardsError, Run
+from .scoring import scale_of
 
 FLAT_WARNED = 3  # rounds in a row whose rewards train nothing, after which the log warns
 DRIFT = "drift/outside_band"  # number of statistics outside their bands

@@ -10,7 +10,8 @@ from typing import Any
 from mteditflow.evaluation.provenance import content_hash
 from mteditflow.training import Checkpoint, Checkpoints, read_metrics
 
-from .config import Config, ConfigError, dumped
+from .config import Config, ConfigError
+from .config_values import dumped
 from .loading import Notes
 
 # Weights, optimizer, order of chains and random numbers depend on these fields; a change needs a

@@ -36,7 +36,7 @@ from mteditflow.training import (
 from .config import Config
 from .few_steps import Sibling
 from .held_out import HeldOut
-from .rewards import Submit
+from .scoring import Submit
 
 EMPTY = "training/empty_updates"  # updates without a row to compute
 FLAT = "training/flat_updates"  # updates whose gradient is exactly 0

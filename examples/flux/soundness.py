@@ -17,8 +17,8 @@ from .config import (
     ConfigError,
     DistillationConfig,
     Rewards,
-    name_of,
 )
+from .config_values import name_of
 
 
 def checked(config: Config, base: Config | None = None, *, services: bool = True) -> Config:

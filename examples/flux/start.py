@@ -29,15 +29,16 @@ from mteditflow.training import (
 )
 
 from .checkpointing import save_if_new
-from .config import Config, ConfigError, name_of
+from .config import Config, ConfigError
+from .config_values import name_of
 from .few_steps import load_sampler, refuse_sharded
 from .inputs import Inputs, check, read_inputs, refusing_together
 from .loading import load_policies
 from .optimizer import check_optimizer, make_optimizer
 from .reporting import record_stopped, refuse_untrained, summarize
-from .rewards import Submit, scoring
 from .run import FlatRewardsError, Run, State, Stopped
 from .scorers import ScorerError
+from .scoring import Submit, scoring
 from .sharding import sharding, without_engine
 from .trackers import places, start_trackers
 

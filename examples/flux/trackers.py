@@ -9,7 +9,8 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
 
-from .config import Config, ConfigError, Output, flat
+from .config import Config, ConfigError, Output
+from .config_values import flat
 
 # Keyword of each tracker's init function for the run's name; other trackers have no run names.
 RUN_NAMES = {

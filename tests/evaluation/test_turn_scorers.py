@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from mteditflow_examples.flux.config import Rewards
-from mteditflow_examples.flux.rewards import own_scorer
+from mteditflow_examples.flux.scoring import own_scorer
 from PIL import Image, ImageDraw, ImageFont
 
 from mteditflow.chains import Chain

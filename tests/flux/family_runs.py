@@ -20,7 +20,8 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as edit_p
 from mteditflow_examples import train_flux
 from mteditflow_examples.flux import updating
 from mteditflow_examples.flux.command_line import PRESETS, tomllib
-from mteditflow_examples.flux.config import Config, typed
+from mteditflow_examples.flux.config import Config
+from mteditflow_examples.flux.config_values import typed
 from mteditflow_examples.flux.soundness import checked
 from mteditflow_examples.flux.start import main
 from PIL import ImageStat

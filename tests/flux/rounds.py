@@ -9,17 +9,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from mteditflow_examples.flux.advantages import round_rewards, turn_advantages, turn_signals
 from mteditflow_examples.flux.command_line import parse
 from mteditflow_examples.flux.config import Config
 from mteditflow_examples.flux.inputs import read_inputs
-from mteditflow_examples.flux.rewards import (
-    round_rewards,
-    scoring,
-    turn_advantages,
-    turn_signals,
-)
 from mteditflow_examples.flux.run import Run
 from mteditflow_examples.flux.sampling import next_chains, sample
+from mteditflow_examples.flux.scoring import scoring
 from mteditflow_examples.flux.start import build
 from torch import Tensor
 

@@ -7,15 +7,8 @@ from itertools import pairwise
 
 import pytest
 from mteditflow_examples.flux.command_line import PRESETS, parse
-from mteditflow_examples.flux.config import (
-    Config,
-    ConfigError,
-    DistillationConfig,
-    dumped,
-    flat,
-    name_of,
-    typed,
-)
+from mteditflow_examples.flux.config import Config, ConfigError, DistillationConfig
+from mteditflow_examples.flux.config_values import dumped, flat, name_of, typed
 from mteditflow_examples.flux.soundness import checked
 from mteditflow_examples.pictures.scene import NO_CHANGE
 

@@ -8,8 +8,8 @@ from concurrent.futures import Future
 import pytest
 import torch
 from mteditflow_examples import train_flux
+from mteditflow_examples.flux.advantages import round_rewards
 from mteditflow_examples.flux.reporting import refuse_flat_rewards
-from mteditflow_examples.flux.rewards import round_rewards
 from mteditflow_examples.flux.run import FlatRewardsError
 from mteditflow_examples.flux.sampling import await_all
 from mteditflow_examples.flux.scorers import ScorerError

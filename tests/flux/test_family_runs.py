@@ -7,7 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from mteditflow_examples.flux.config import ConfigError, DistillationConfig, dumped, typed
+from mteditflow_examples.flux.config import ConfigError, DistillationConfig
+from mteditflow_examples.flux.config_values import dumped, typed
 from mteditflow_examples.flux.inputs import read_inputs
 from mteditflow_examples.flux.loading import require_fitting
 from mteditflow_examples.flux.start import main

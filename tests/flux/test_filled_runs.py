@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from mteditflow_examples.flux import filling
+from mteditflow_examples.flux.advantages import round_rewards
 from mteditflow_examples.flux.command_line import parse
 from mteditflow_examples.flux.config import ConfigError
 from mteditflow_examples.flux.filling import Sampled, fill, poor_groups
-from mteditflow_examples.flux.rewards import round_rewards
 from mteditflow_examples.flux.sampling import next_chains, sample
 
 from mteditflow.rewards import Fault, Lost, TurnScores

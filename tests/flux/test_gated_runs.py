@@ -9,11 +9,11 @@ import pytest
 import torch
 from mteditflow_examples import train_flux
 from mteditflow_examples.budget import passes_of, plan_of
+from mteditflow_examples.flux.advantages import round_rewards
 from mteditflow_examples.flux.command_line import parse
 from mteditflow_examples.flux.config import ConfigError, Gate, Rewards
 from mteditflow_examples.flux.gating import RoundGate, resumed, round_gate
 from mteditflow_examples.flux.resuming import check_unchanged
-from mteditflow_examples.flux.rewards import round_rewards
 from mteditflow_examples.flux.updating import update
 
 from mteditflow import GatedShare

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from mteditflow_examples import train_flux
+from mteditflow_examples.flux.advantages import round_rewards, turn_advantages, turn_signals
 from mteditflow_examples.flux.config import Rewards
-from mteditflow_examples.flux.rewards import round_rewards, turn_advantages, turn_signals
 from mteditflow_examples.flux.sampling import edit_turns, next_chains, sample, stillness
 from PIL import Image
 

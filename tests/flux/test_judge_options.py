@@ -6,7 +6,7 @@ import anyio
 import pytest
 from mteditflow_examples import evaluate
 from mteditflow_examples.flux.config import Rewards
-from mteditflow_examples.flux.rewards import Services
+from mteditflow_examples.flux.scoring import Services
 from PIL import Image
 from typer.testing import CliRunner
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from mteditflow_examples import train_flux
 from mteditflow_examples.flux.command_line import parse
-from mteditflow_examples.flux.config import ConfigError, Training, dumped
+from mteditflow_examples.flux.config import ConfigError, Training
+from mteditflow_examples.flux.config_values import dumped
 from mteditflow_examples.flux.loading import Notes
 from mteditflow_examples.flux.optimizer import check_optimizer, make_optimizer
 from mteditflow_examples.flux.resuming import check_unchanged

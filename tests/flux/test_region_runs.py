@@ -7,19 +7,18 @@ import anyio
 import pytest
 import torch
 from mteditflow_examples import train_flux
-from mteditflow_examples.flux.command_line import parse
-from mteditflow_examples.flux.config import ConfigError, Rewards
-from mteditflow_examples.flux.regions import token_advantages
-from mteditflow_examples.flux.rewards import (
-    check_services,
-    own_scorer,
+from mteditflow_examples.flux.advantages import (
     reward_advantages,
     round_rewards,
     turn_advantages,
     turn_signals,
 )
+from mteditflow_examples.flux.command_line import parse
+from mteditflow_examples.flux.config import ConfigError, Rewards
+from mteditflow_examples.flux.regions import token_advantages
 from mteditflow_examples.flux.sampling import next_chains, sample
 from mteditflow_examples.flux.scorers import ScorerError
+from mteditflow_examples.flux.scoring import check_services, own_scorer
 from mteditflow_examples.shapes.scoring import ExactRewards, boxed
 from PIL import Image
 

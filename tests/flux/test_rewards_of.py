@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mteditflow_examples import train_flux
+from mteditflow_examples.flux.advantages import round_rewards, turn_advantages, turn_signals
 from mteditflow_examples.flux.command_line import parse
 from mteditflow_examples.flux.config import ConfigError, Rewards
 from mteditflow_examples.flux.reporting import carry_over
-from mteditflow_examples.flux.rewards import round_rewards, turn_advantages, turn_signals
 from mteditflow_examples.flux.sampling import next_chains, sample
 
 from mteditflow import RewardHistory, fuse_advantages, likert_average

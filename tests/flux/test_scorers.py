@@ -11,8 +11,8 @@ import pytest
 import torch
 from mteditflow_examples.flux.config import Config, ConfigError, Gate, Rewards
 from mteditflow_examples.flux.declared import check_terms
-from mteditflow_examples.flux.rewards import judged_by, own_scorer
 from mteditflow_examples.flux.scorers import ScorerError, named_scorer
+from mteditflow_examples.flux.scoring import judged_by, own_scorer
 from PIL import Image
 
 from mteditflow.chains import Chain

@@ -2,7 +2,8 @@
 
 import pytest
 from mteditflow_examples.flux.command_line import parse
-from mteditflow_examples.flux.config import Config, ConfigError, field_names, typed
+from mteditflow_examples.flux.config import Config, ConfigError
+from mteditflow_examples.flux.config_values import field_names, typed
 from mteditflow_examples.flux.spelling import USUAL, hint
 
 from mteditflow.objectives import GRPO

@@ -11,11 +11,12 @@ import torch
 from accelerate import Accelerator
 from mteditflow_examples import train_flux
 from mteditflow_examples.flux import loading
+from mteditflow_examples.flux.advantages import round_rewards
 from mteditflow_examples.flux.config import ConfigError
 from mteditflow_examples.flux.held_out import HeldOut
 from mteditflow_examples.flux.reporting import refuse_unsound_rewards
-from mteditflow_examples.flux.rewards import round_rewards, scale_of
 from mteditflow_examples.flux.sampling import next_chains, sample
+from mteditflow_examples.flux.scoring import scale_of
 from mteditflow_examples.flux.updating import _judge, check_first_ratios, update
 from safetensors.torch import load_file
 

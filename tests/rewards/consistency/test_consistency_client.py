@@ -469,7 +469,7 @@ def test_a_server_that_stops_in_order_during_a_run_loses_nothing_that_it_had():
 def test_a_run_may_be_rewarded_by_both_pairings_at_once(tmp_path):
     """The terms of the trainer's services, and what the command line refuses of them."""
     config = pytest.importorskip("mteditflow_examples.flux.config")
-    from mteditflow_examples.flux.rewards import Services
+    from mteditflow_examples.flux.scoring import Services
 
     chains, images = make_chains(range(5))
     longest = max(chain.turns for chain in chains)
