@@ -58,7 +58,7 @@ python train.py shapes-nft --training.rounds 2
 | hyperparameters | `trainer/presets/`, or your own file: `python train.py mine.toml` |
 | devices and nodes | `trainer/launch/` |
 | an option, its default, its checks | `trainer/config.py`, `trainer/soundness.py` |
-| rewards and advantages | `trainer/scorers.py`, `trainer/rewards.py` |
+| rewards and advantages | `trainer/scorers.py`, `trainer/scoring.py`, `trainer/advantages.py` |
 | sampling of chains | `trainer/sampling.py` |
 | updates | `trainer/updating.py`, `trainer/optimizer.py` |
 | log, pictures, evaluation | `trainer/reporting.py`, `trainer/held_out.py` |

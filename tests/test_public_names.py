@@ -81,6 +81,7 @@ ALLOWED: dict[str, set[str]] = {
         "mean_interval",
         "percentile_ends",
         "resampled_means",
+        "setting_errors",
     },
     "mteditflow.evaluation.tables": {
         "as_csv",
