@@ -112,7 +112,9 @@ class Trained:
         lora = self.editor.lora(rank=size.rank, alpha=2 * size.rank)
         self.policies = LoraPolicies(self.editor.transformer, lora, ema=True)
         self.counter = ForwardCounter(self.editor.transformer)
-        optimizer = torch.optim.AdamW(self.policies.parameters(), 1e-4)
+        # At rate 0 every update is a first one; the ratios of a second would be clipped, and no
+        # gradient would be left.
+        optimizer = torch.optim.AdamW(self.policies.parameters(), lr=0.0)
         self._updater = Updater(optimizer, self.policies.parameters, max_grad_norm=1.0)
         calls: list[dict[str, Any]] = []
         with trainer_full_size.shapes_of_calls(self.editor.transformer, calls):
@@ -138,7 +140,7 @@ class Trained:
         """Take one optimizer step on the trajectory.
 
         Raises:
-            FloatingPointError: it was skipped, since something was not finite.
+            FloatingPointError: it was not taken: something was not finite, or the gradient is 0.
         """
         config, exists = settings(objective, self.size), self.rollout.trajectory.turn_mask
         advantage = torch.ones(exists.shape)

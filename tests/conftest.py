@@ -10,6 +10,7 @@ import os
 
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from hypothesis.internal.conjecture import providers
 
 from tests.shrinking import first_cases, smallest_cases
 
@@ -33,6 +34,9 @@ settings.register_profile(
     phases=[Phase.explicit, Phase.generate],
     **patient,
 )
+# Hypothesis also draws the constants of project modules that have been imported so far. Which these
+# are depends on the tests that a worker ran before, and so would the examples of a fixed profile.
+providers.is_local_module_file = lambda path: False
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 

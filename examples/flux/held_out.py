@@ -6,8 +6,8 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
 from PIL import Image
 
 from mteditflow.chains import ChainDataset, EditedImages
@@ -15,6 +15,9 @@ from mteditflow.evaluation import Evaluation, JudgedBy, MadeBy
 from mteditflow.evaluation.provenance import agreed
 
 from .config import ConfigError
+
+if TYPE_CHECKING:  # evaluate --help imports this module, and accelerate is slow
+    from accelerate import Accelerator
 
 HELD_OUT = "held out"  # purpose of the noise; its key is (seed, purpose, row)
 ROUND = re.compile(r"round-(\d{6,})")  # name of an evaluation file, and of its image folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import safe_open
@@ -64,9 +65,10 @@ def find_lora(path: Path) -> Path:
 
 def where_lora_is(path: Path) -> str:
     """Return text on where the LoRA of a run or a checkpoint is; empty for other paths."""
-    rounds = sorted((path / "checkpoints").glob("round-*"))
-    if rounds:
-        return f"this is a run, and the LoRA of its newest checkpoint is {rounds[-1] / 'lora'}"
-    if (path / "manifest.json").is_file():
-        return f"this is a checkpoint, and its LoRA is {path / 'lora'}"
+    with suppress(OSError):  # a path that cannot be looked up is neither
+        rounds = sorted((path / "checkpoints").glob("round-*"))
+        if rounds:
+            return f"this is a run, and the LoRA of its newest checkpoint is {rounds[-1] / 'lora'}"
+        if (path / "manifest.json").is_file():
+            return f"this is a checkpoint, and its LoRA is {path / 'lora'}"
     return ""

@@ -48,6 +48,10 @@ class TurnScorer(ABC):
             trainer refuses weights of other names before it loads a model.
 
     Example:
+        >>> import anyio
+        >>> from PIL import Image
+        >>> from mteditflow.chains import Chain
+        >>> from mteditflow.rewards import Scale
         >>> class Growth(TurnScorer):
         ...     terms = ("following",)
         ...     scale = Scale(0, 1, success=1)
@@ -55,7 +59,6 @@ class TurnScorer(ABC):
         ...         return [{"following": float(x.after.width > x.before.width)} for x in turns]
         >>> chain = Chain(id="7", image="7.png", instructions=("Enlarge it",))
         >>> images = [[Image.new("RGB", (8, 8)), Image.new("RGB", (9, 8))]]
-        >>> import anyio
         >>> anyio.run(Growth().score, [chain], images)["following"].score
         tensor([[1.]])
     """

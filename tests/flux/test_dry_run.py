@@ -39,7 +39,7 @@ def test_a_sound_run(tried):
     [
         (("--memory", 0.61), "--memory: expected a run that fits 0.61 GiB, got 0."),
         (("--gpus", 3), "--gpus: expected a divisor of the 4 groups"),
-        (("--rewards.weights.aesthetics", 1), "rewards.weights: expected names among ['consecut"),
+        (("--rewards.weights.aesthetics", 1), "rewards.weights.aesthetics: expected 0, since "),
         (("--memry", 8), "options: expected --memory, --gpus or --SECTION.FIELD of the trainer"),
     ],
 )
