@@ -112,9 +112,7 @@ class Trained:
         lora = self.editor.lora(rank=size.rank, alpha=2 * size.rank)
         self.policies = LoraPolicies(self.editor.transformer, lora, ema=True)
         self.counter = ForwardCounter(self.editor.transformer)
-        # At rate 0 every update is a first one; the ratios of a second would be clipped, and no
-        # gradient would be left.
-        optimizer = torch.optim.AdamW(self.policies.parameters(), lr=0.0)
+        optimizer = torch.optim.AdamW(self.policies.parameters(), 1e-4)
         self._updater = Updater(optimizer, self.policies.parameters, max_grad_norm=1.0)
         calls: list[dict[str, Any]] = []
         with trainer_full_size.shapes_of_calls(self.editor.transformer, calls):
@@ -140,14 +138,15 @@ class Trained:
         """Take one optimizer step on the trajectory.
 
         Raises:
-            FloatingPointError: it was not taken: something was not finite, or the gradient is 0.
+            FloatingPointError: it was skipped, since something was not finite.
         """
         config, exists = settings(objective, self.size), self.rollout.trajectory.turn_mask
         advantage = torch.ones(exists.shape)
         given = (self.policies, config.objective, self.rollout, advantage, exists)
         with shared_casts(self.editor.transformer):  # as the trainer does, and the budget assumes
             update = Batch(*given, config.training, RoundKey(0, 0)).update(self._updater)
-        if update.outcome != "taken":
+        # A second update of one trajectory may be flat, all its ratios clipped: equal work.
+        if update.outcome not in ("taken", "flat"):
             raise FloatingPointError(f"{objective}: the update was {update.outcome}")
 
     def rows(self, what: str) -> tuple[int, int]:
