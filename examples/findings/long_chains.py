@@ -37,6 +37,11 @@ LONG_CHAINS = Study(
                 Setting(
                     "own turn, consistency with the turn before, too", {**OWN, **NEIGHBORS}, NFT
                 ),
+                Setting(
+                    "consistency with the turn before, 120 rounds",
+                    {**OWN, **NEIGHBORS, "training.rounds": 120},
+                    NFT,
+                ),
                 Setting("MT-OPSD", OPSD, NFT, TEACHING),
                 Setting("NFT, own turn, then MT-OPSD", OPSD, NFT, TEACHING, TURN),
             ),
