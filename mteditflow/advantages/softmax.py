@@ -28,10 +28,11 @@ def softmax_advantage(
 
     The mean is over the G valid members j of the row's group. A lies in [-1, G - 1] and sums to 0
     in each group. As the temperature grows, :math:`\gamma A` tends to the reward minus the group's
-    mean. As it falls to 0, the best member gets G - 1 and all others -1. Equal rewards, and a group
-    with a single valid member, give exactly 0. Adding a constant to a group's rewards changes
-    nothing at a given temperature. With the default temperature, scaling all rewards by a positive
-    factor changes nothing while the std stays above ``floor``.
+    mean. As it falls to 0, the best member gets G - 1, or k equally good ones G / k - 1 each, and
+    all others -1. Equal rewards, and a group with a single valid member, give exactly 0. Adding a
+    constant to a group's rewards changes nothing at a given temperature. With the default
+    temperature, scaling all rewards by a positive factor changes nothing while the std stays above
+    ``floor``.
 
     Args:
         reward: finite where valid; [B], or [B, N] to treat each turn on its own. Dtypes, ids and

@@ -177,9 +177,10 @@ class FlowSDE(_SDE):
     r"""Flow-SDE step, :math:`g = a\sqrt{\sigma / (1 - \sigma)}`.
 
     At sigma = 1, where g diverges, the denominator uses the next grid value in place of 1. The
-    variance after the first step is then :math:`a^4/4` too large for any step size, and later steps
-    contract the error. The ODE's marginals are therefore reached at first order in the step size
-    from any sigma below 1, and at order :math:`\min(1, a^2)` from exactly 1.
+    variance after a first step of size h is then :math:`a^4/4 + a^2 h` too large, by :math:`a^4/4`
+    however small the step, and later steps contract the error. The ODE's marginals are therefore
+    reached at first order in the step size from any sigma below 1, and at order
+    :math:`\min(1, a^2)` from exactly 1.
 
     Args:
         noise_level: a >= 0; Flow-GRPO uses 0.7, and 0.9 for FLUX.1-Kontext. 0 is the Euler step.

@@ -244,6 +244,7 @@ def relabeled_groups(f: GroupAdvantage, data: DataObject) -> None:
 @ADVANTAGE.law(
     why="Only differences within a group carry information; a variance computed as E[x^2] - E[x]^2 "
     "loses them, and may become negative, if rewards are large.",
+    options=("--min-members",),
 )
 def shift(f: GroupAdvantage, data: DataObject) -> None:
     """A constant added to all rewards changes no advantage."""
@@ -294,6 +295,7 @@ def monotone(f: GroupAdvantage, data: DataObject) -> None:
 
 @ADVANTAGE.law(
     why="What is left over pushes every sample of the group up or down, whatever the policy did.",
+    options=("--min-members",),
 )
 def zero_sum(f: GroupAdvantage, data: DataObject) -> None:
     """The advantages of a group add up to 0."""
@@ -312,15 +314,17 @@ def size(f: GroupAdvantage, data: DataObject) -> None:
 
 
 @ADVANTAGE.law(
-    why="Real groups have 16 to 64 members; a function that reads only the first eight, or "
-    "normalizes blocks of rows, is right only on small tests, and a clamp at 5 cuts the only "
-    "success among 32.",
+    why="Real groups have 16 to 64 members, and real batches 16 to 128 groups; a function that "
+    "reads only the first eight, or normalizes blocks of rows, is right only on small tests, and a "
+    "clamp at 5 cuts the only success among 32.",
     options=("--std", "--ddof", "--eps"),
 )
 def large_groups(f: GroupAdvantage, data: DataObject) -> None:
-    """Sum and size of the advantages are right in large groups, too."""
+    """Sum and size of the advantages are right in large groups, and in many groups, too."""
     generator = torch.Generator(device="cpu").manual_seed(data.draw(st.integers(0, 999)))
-    members, groups = data.draw(st.sampled_from([16, 24, 48, 64])), data.draw(st.integers(1, 5))
+    sizes = [(16, 5), (24, 3), (48, 2), (64, 1), (64, 3), (96, 1), (8, 16), (4, 64), (3, 128)]
+    members, groups = data.draw(st.sampled_from(sizes))
+    members = max(members, f.min_members)
     reward = torch.rand(groups * members, generator=generator, dtype=torch.float64, device="cpu")
     if data.draw(st.booleans()):  # one success per group: of 32 members it has advantage 5.6
         reward = (torch.arange(len(reward), device="cpu") < groups).double()
@@ -499,7 +503,6 @@ def _close_above_four(byte: int) -> float:
 @ADVANTAGE.law(
     why="Means and stds accumulated in half precision have two or three digits.",
     skip=_needs_tensors,
-    options=("--no-float32",),
 )
 def half_precision(f: GroupAdvantage, data: DataObject) -> None:
     """Half-precision rewards are refused, or give the float32 result within their rounding."""

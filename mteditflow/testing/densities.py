@@ -98,7 +98,6 @@ def _draw(data: DataObject) -> tuple[Tensor, Tensor, Tensor]:
 
 @DENSITY.law(
     why="The rounding of a mean in half precision is larger than its change by an update.",
-    options=("--no-float32",),
 )
 def half_precision(f: Density, data: DataObject) -> None:
     """Half-precision means are refused, or give the float32 result within their rounding."""

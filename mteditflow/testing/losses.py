@@ -348,7 +348,6 @@ def every_entry(f: Loss, data: DataObject) -> None:
 @LOSS.law(
     why="Half precision has at most three digits: a ratio of 1.001 may round to 1, and a mean over "
     "rows loses most digits.",
-    options=("--no-float32",),
 )
 def half_precision(f: Loss, data: DataObject) -> None:
     """Half-precision inputs are refused, or give the float32 result within their rounding."""

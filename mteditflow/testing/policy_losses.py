@@ -181,7 +181,7 @@ def inside_the_range(f: PolicyLoss, data: DataObject) -> None:
     "gradient back; without the ratio it has the weight of the sampling policy.",
 )
 def wrong_side(f: PolicyLoss, data: DataObject) -> None:
-    """A ratio that moved against its advantage has gradient -ratio * advantage, unclipped."""
+    """A ratio below 2.9 that moved against its advantage has gradient -ratio * advantage."""
     up = data.draw(st.sampled_from([0.05, 0.25, 0.5, 1.05]))  # a dual clip starts at a ratio of 3
     down = data.draw(st.sampled_from([0.05, 0.25, 0.5, 3.0]))
     good = data.draw(st.sampled_from([0.5, 1.0, 3.0]))

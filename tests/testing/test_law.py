@@ -88,7 +88,8 @@ def test_the_message_has_the_smallest_case_and_why_it_matters():
         "  got      0.125, of [0.125]\n"
         "  Why it matters: What is left over pushes every sample of the group up or down, whatever "
         "the policy did.\n"
-        "  Not a property of your function? Leave the law out: --without zero-sum"
+        "  Not a property of your function? Describe it by --min-members, or leave "
+        "the law out: --without zero-sum"
     )
 
 
