@@ -23,6 +23,10 @@ USE = {
     "diffusers": """With this folder as the current one:
 
 ```python
+import torch
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained({base}, torch_dtype=torch.{dtype})
 pipe.load_lora_weights(".", weight_name="{file}")
 ```""",
     "comfyui": "Put `{file}` into ComfyUI's `models/loras` and load it at strength 1: its scale, "
@@ -92,7 +96,11 @@ def model_card(exported: Exported, strip: str | None) -> str:
         f"Reinforcement learning on chains of edits, with mteditflow {mteditflow.__version__}.",
         _table(("", ""), _facts(exported)),
         "## Use",
-        USE[exported.form].format(file=exported.output.name),
+        USE[exported.form].format(
+            file=exported.output.name,
+            base=json.dumps(_short(base)),
+            dtype=config["model"]["dtype"],
+        ),
         "## Evaluation",
         *_evaluation(exported),
         "## Pictures",
@@ -170,7 +178,9 @@ def _facts(exported: Exported) -> Iterator[tuple[str, str]]:
     if sampled := _few_steps(config):
         others = " and ".join(f"{name} {path}" for name, path in sampled.items())
         yield "sampled by", f"{others}, in {config['sampling']['steps']} steps"
-    chains = f"{data['groups']} chains of {data['turns']} turns, {data['group_size']} times each"
+    chains = (
+        f"{data['groups']} chains of {data['turns']} turns, each sampled {data['group_size']} times"
+    )
     yield "a round", f"{chains}; {found.state['updates']} optimizer steps in all"
     yield "images", f"{model['resolution']} pixels square, guidance {model['guidance']:g}"
     weights = config["rewards"]["weights"].items()

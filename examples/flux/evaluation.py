@@ -101,10 +101,12 @@ def first_scores(scores: TurnScores, count: int) -> TurnScores:
 def _last_turn(evaluation: Evaluation) -> str:
     """Return the metrics of the last turn, each with its number of chains, as one line of text.
 
+    Shares of chains are in percent and marked so; the other numbers are means of rewards.
     Intervals are in the report; their bootstrap at each evaluation would take longer.
     """
+    unit = dict.fromkeys(evaluation.terms, "")  # all other metrics are in percent
     values = (
-        f"{name} {value[-1]:.3g} ({evaluation.counts[name][-1]})"
+        f"{name} {value[-1]:.3g}{unit.get(name, '%')} ({evaluation.counts[name][-1]})"
         for name, value in evaluation.estimates.items()
     )
     return f"at turn {evaluation.turns} (over chains): {', '.join(values)}"

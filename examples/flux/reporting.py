@@ -247,7 +247,7 @@ def show_chains(
     ]
     success, title = (
         scale_of(run.config.rewards).success,
-        f"Round {run.state.done + 1}: two chains of it",
+        f"Round {run.state.done + 1}: {len(ids)} of its chains",
     )
     draw(run, "chains", draw_strips(strips, success_at=success, title=title))
 

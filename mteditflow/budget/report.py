@@ -163,16 +163,20 @@ class Budget:
         plan, cost = self.plan, work(self.plan)
         unit = cost.forward
         sampler = "" if plan.sampler is None else f"; sampling's {cost.sampling_forward / 1e12:.3g}"
-        hours = ", ".join(f"{name} {value:.3g}" for name, value in self.hours(100).items())
+        spans = dict.fromkeys((100, plan.rounds))  # 100 compares runs of different lengths
         return [
             f"F, a forward pass of a row in one branch: {unit / 1e12:.3g} TFLOP{sampler}",
             f"trajectory: {cost.in_forwards:.1f} F, {cost.sampling / unit:.1f} of sampling and "
             f"{cost.update / unit:.1f} of the update; {cost.total / 1e12:.4g} TFLOP",
             f"round of {plan.trajectories} trajectories: "
             f"{cost.total * plan.trajectories / 1e15:.3g} PFLOP",
-            f"least hours per 100 rounds at {self.efficiency:.0%} of peak, {_gpus(plan.gpus)}:",
-            f"  {hours}",
+            f"least hours at {self.efficiency:.0%} of peak, {_gpus(plan.gpus)}, without "
+            "evaluations and the judge:",
+            *(f"  {rounds} rounds: {self._hours_line(rounds)}" for rounds in spans),
         ]
+
+    def _hours_line(self, rounds: int) -> str:
+        return ", ".join(f"{name} {value:.3g}" for name, value in self.hours(rounds).items())
 
     def _cheaper_lines(self) -> list[str]:
         if not self.cheaper:

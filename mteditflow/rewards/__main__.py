@@ -78,7 +78,7 @@ def check(
 
 def _table(reports: list[EndpointReport]) -> Table:
     """Return a table with a row per part of a request; servers' text is escaped."""
-    table = Table(title="What is honored")
+    table = Table(title="Parts of a request that each endpoint honors")
     for title in ("endpoint", "part of a request", "honored"):
         table.add_column(title, overflow="fold")
     for report in reports:

@@ -234,7 +234,8 @@ def summary_lines(report: Mapping[str, Any]) -> list[str]:
     if report["time"]:
         split = ", ".join(f"{name} {share:.0%}" for name, (_, share) in report["time"].items())
         took = timedelta(seconds=round(report["seconds"]))
-        lines.append(f"{_many(report['rounds'], 'round')} took {took}: {split}.")
+        what = "with evaluations, without loading and what a resumed run repeated"
+        lines.append(f"{_many(report['rounds'], 'round')} took {took} ({what}): {split}.")
     lost = report["lost_answers"]
     if lost["reasons"]:
         lines.append(

@@ -239,6 +239,10 @@ def test_nothing_fits_a_card_too_small():
 
 def test_the_report_in_words():
     lines = Budget("mine", PLAN, 28, options=EVERY).lines()
+    assert any(x.endswith("without evaluations and the judge:") for x in lines)
+    for rounds in (100, PLAN.rounds):  # of the run, too
+        (hours,) = [x for x in lines if x.startswith(f"  {rounds} rounds: H100/H200 ")]
+        assert f" {Budget('mine', PLAN, 28).hours(rounds)['A100']:.3g}," in hours
     assert lines[0].startswith("mine on 1 GPU of 28 GiB: no as configured (predicted")
     fitting = lines[lines.index("It fits only with changes:") + 1 :]
     verdicts = [x.split()[0] for x in fitting if x[2:5].strip() and x.startswith("  ")]

@@ -1,6 +1,7 @@
 """mteditflow export: weights and card of a run; what cannot be exported is refused."""
 
 import json
+import re
 import shlex
 import shutil
 
@@ -81,8 +82,16 @@ def test_the_card_has_what_the_run_has_measured(run, tmp_path):
     assert "| policy | current, after round 2 of 2 |" in card
     assert "| LoRA | rank 16, alpha 16 |" in card
     assert "| rewards | following 1, consistency 0.5, strict 0 |" in card
-    assert "| a round | 4 chains of 2 turns, 4 times each; 4 optimizer steps in all |" in card
+    assert (
+        "| a round | 4 chains of 2 turns, each sampled 4 times; 4 optimizer steps in all |" in card
+    )
     assert "![chains of edits](chains.png)" in card
+    (program,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert compile(program, "card", "exec")
+    assert 'pipe = DiffusionPipeline.from_pretrained("kontext0/model", torch_dtype=' in program
+    log = (run / "log.txt").read_text()
+    assert re.search(r"instruction_following [\d.]+% \(", log)  # percent beside means of rewards
+    assert re.search(r" strict [\d.e-]+ \(", log)
     assert (tmp_path / "chains.png").is_file()
     for done in (0, 2):
         evaluation = Evaluation.read(run / "evaluations" / f"round-{done:06d}.json")

@@ -164,15 +164,30 @@ def test_the_mean_of_a_long_run_is_over_a_share_of_it():
 
 @pytest.mark.parametrize(
     ("values", "unit"),
-    [([0.0, 1.0], True), ([0.2, nan], True), ([0.0, 1.1], False), ([-0.1, 1.0], False)],
+    [([0.0, 1.0], True), ([0.2, nan], False), ([0.0, 1.1], False), ([-0.1, 1.0], False)],
 )
-def test_rewards_between_0_and_1_have_the_axis_of_that_range(values, unit):
+def test_rewards_over_all_of_0_to_1_have_the_axis_of_that_range(values, unit):
     lines = [{"round": i, "reward/x": x, "reward/y": 0.5} for i, x in enumerate(values)]
     (axes,) = draw_curves(lines, [], title="").axes
     assert (axes.get_ylim() == curves.UNIT) == unit
     low, high = axes.get_ylim()
     assert low <= min(values)
     assert high > np.nanmax(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "ends"),
+    [
+        ([0.60, 0.62], (0.5984, 0.6216)),  # 8% of the spread beside the data
+        ([0.5, 0.5], (0.49, 0.51)),
+        ([0.0, 0.0], (0.0, 0.01)),  # no space below the range of a reward
+        ([1.0, 1.0], (0.99, 1.01)),
+    ],
+)
+def test_a_reward_of_small_spread_fills_its_axis(values, ends):
+    lines = [{"round": i, "reward/x": x} for i, x in enumerate(values)]
+    (axes,) = draw_curves(lines, [], title="").axes
+    assert axes.get_ylim() == pytest.approx(ends)
 
 
 def test_a_reward_that_was_always_lost_is_drawn_empty():
@@ -349,7 +364,7 @@ def test_phases_are_stacked_the_longest_below_and_what_belongs_to_none_on_top(pa
     # A step in the middle between two rounds: in the third one no time went to sampling.
     assert set(corners[corners[:, 0] == 2.5, 1]) == {9, 10, 19, 20}
     assert axes.get_ylim()[0] == 0
-    assert (corners[:, 0].min(), corners[:, 0].max()) == (1, 12)
+    assert (corners[:, 0].min(), corners[:, 0].max()) == (0.5, 12.5)  # bars of one width
 
 
 def test_time_without_a_rest_and_with_many_phases():

@@ -66,9 +66,9 @@ def test_titles_give_means_and_count_lost_and_unmeasured_apart(panels):
         "following: mean 0.507 of 9",
         "consistency: mean 0.557 of 6, 2 lost, 1 not measured",
         "looks: mean -2.000 of 9",
-        "spread in groups: std 0.076; none in 1 of 3",
-        "spread in groups: std 0.023; none in 1 of 3",
-        "spread in groups: std 0.000; none in 3 of 3",
+        "spread in groups: std 0.076; equal in 1 of 3",
+        "spread in groups: std 0.023; equal in 1 of 3",
+        "spread in groups: std 0.000; equal in 3 of 3",
     ]
 
 
@@ -159,7 +159,7 @@ def test_equal_rewards_have_no_spread_whatever_their_rounding():
     value = torch.tensor([0.1] * 3, dtype=torch.float64)
     figure = draw_histograms({"x": Signal(value, value > 0)}, torch.zeros(3).long(), title="")
     title = figure.axes[1].get_title(loc="left")
-    assert title == "spread in groups: std 0.000; none in 1 of 1"
+    assert title == "spread in groups: std 0.000; equal in 1 of 1"
 
 
 def test_a_round_that_lost_all_rewards_has_no_mean():

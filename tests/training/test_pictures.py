@@ -268,7 +268,7 @@ def test_histograms_tell_mean_and_spread(groups, members):
     assert titles[2].endswith(f"{left}, 1 not measured")
     spread = value.view(groups, members).std(dim=1, correction=0)
     flat = int((spread == 0).sum())
-    assert titles[3] == f"spread in groups: std {spread.mean():.3f}; none in {flat} of {groups}"
+    assert titles[3] == f"spread in groups: std {spread.mean():.3f}; equal in {flat} of {groups}"
 
 
 def rounds(count):

@@ -181,7 +181,8 @@ def test_the_rest_is_told_in_words(report):
     assert "P(success at turn 2 | success at turn 1) = 100.0% [34.2, 100.0] of 2 chains" in lines
     assert "Before, 1 of 3 held-out chains lost a score (turns lost: 1 time-out)" in lines
     assert "After," not in lines
-    assert "3 rounds took 0:00:08: a 75%, b 25%." in lines
+    held = "with evaluations, without loading and what a resumed run repeated"
+    assert f"3 rounds took 0:00:08 ({held}): a 75%, b 25%." in lines
     assert "25.0% of training trajectories lost an answer (3 refusal, 2 time-out)." in lines
     assert "20.0% of training rewards were invalid; they trained nothing." in lines
 

@@ -64,6 +64,7 @@ FIRST, LAST = {"color": SOFT, "linestyle": "--"}, {"color": BLUE, "linestyle": "
 SHARE_AREA, SHARE_LINE = {"alpha": 0.2, "linewidth": 0}, {"linewidth": 1.6}
 STACK = {"alpha": 0.8, "linewidth": 0, "step": "mid"}
 UNIT, PERCENT, NUMBERED = (0, 1.04), (0, 104), (0, 108)  # ends of axes, with space for marks
+LEAST_SPAN, SPAN_ROOM = 0.02, 0.08  # rewards: least height of the axis; space beside the data
 LEAST_SHARE, SHARE_ROOM = 5.0, 1.15  # invalid share: least top in percent; top over the largest
 BESIDE_TURNS = {"x": 0.14}
 NUMBER: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 10}
@@ -160,8 +161,15 @@ def _draw_rewards(
     _over_rounds(axes, "Rewards in training")
     axes.set_xlabel(f"round (bold: mean of the last {_window(metrics)})")
     if every and min(every) >= 0 and max(every) <= 1:
-        axes.set_ylim(*UNIT)
+        axes.set_ylim(*_within_unit(every))
     legend_below(axes)
+
+
+def _within_unit(values: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of an axis around values of [0, 1]: at least LEAST_SPAN, in its range."""
+    low, high = min(values), max(values)
+    room = max(SPAN_ROOM * (high - low), (LEAST_SPAN - (high - low)) / 2)
+    return max(low - room, UNIT[0]), min(high + room, UNIT[1])
 
 
 def _draw_number(axes: Any, *, metrics: Sequence[Mapping[str, float]], name: str) -> None:
@@ -253,9 +261,12 @@ def _draw_time(axes: Any, *, metrics: Sequence[Mapping[str, float]], names: Sequ
     named = [name for name in names if name != f"{SECONDS}{OTHER}"]
     colors = [PHASES[named.index(x) % len(PHASES)] if x in named else FAINT for x in order]
     labels = [f"{name.removeprefix(SECONDS)} {total[name]:.0%}" for name in order]
-    values = [columns[name] for name in order]
     rounds = _column(metrics, ROUND)
-    axes.stackplot(rounds, values, labels=labels, colors=colors, **STACK)
+    # Steps change halfway between rounds: half a round more at both ends gives all bars one width.
+    ends = [rounds[0] - 0.5, *rounds, rounds[-1] + 0.5]
+    values = [[own[0], *own, own[-1]] for own in (columns[name] for name in order)]
+    axes.stackplot(ends, values, labels=labels, colors=colors, **STACK)
+    axes.set_xlim(ends[0], ends[-1])
     _over_rounds(axes, "Seconds of a round, by phase")
     axes.set_ylim(bottom=0)
     legend_below(axes)

@@ -66,7 +66,7 @@ def draw_histograms(rewards: Mapping[str, Signal], group: Tensor, *, title: str)
         >>> reward = Signal(torch.tensor([0.2, 0.4, 0.9, 0.5]), torch.ones(4) > 0)
         >>> figure = draw_histograms({"following": reward}, torch.tensor([0, 0, 1, 1]), title="")
         >>> [axes.get_title(loc="left") for axes in figure.axes]
-        ['following: mean 0.500 of 4', 'spread in groups: std 0.150; none in 0 of 2']
+        ['following: mean 0.500 of 4', 'spread in groups: std 0.150; equal in 0 of 2']
     """
     with house_style():
         figure = titled_figure(max(WIDTH * len(rewards), LEAST_WIDTH), HEIGHT, title)
@@ -117,7 +117,7 @@ def _draw_groups(
     words = "spread in groups: none measured"
     if spread:
         mean, equal = math.fsum(spread) / len(spread), sum(bool((x == x[0]).all()) for x in members)
-        words = f"spread in groups: std {mean:.3f}; none in {equal} of {len(members)}"
+        words = f"spread in groups: std {mean:.3f}; equal in {equal} of {len(members)}"
     axes.set_title(words, **PANEL_TITLE)
     axes.set(xlabel="groups, by their mean", ylim=_padded(ends))
     axes.set_xlim(1 - SIDE, len(members) + SIDE)
