@@ -285,7 +285,8 @@ def summarize(run: Run) -> None:
     evaluations = run.held_out.all() if run.held_out else []
     model = "/".join(Path(run.config.model.path).parts[-2:])
     title = f"{model}, {run.method}"
-    write_chart(draw_curves(metrics, evaluations, title=title), folder / "curves.png")
+    curves = draw_curves(metrics, evaluations, title=title, changes=run.changes)
+    write_chart(curves, folder / "curves.png")
     if any(DRIFT in line for line in metrics):
         panels = draw_drift(
             metrics,

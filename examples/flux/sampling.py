@@ -258,7 +258,7 @@ def await_all(run: Run, waiting: Sequence[Future[Value]], name: str) -> list[Val
     """
     with (
         run.log.stopwatch.phase("scoring"),
-        run.log.bar(name, len(waiting), unit="parts") as bar,
+        run.log.bar(name, len(waiting), unit="sampled batches") as bar,
     ):
         unfinished = True
         while unfinished:

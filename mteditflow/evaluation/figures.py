@@ -206,6 +206,10 @@ def draw_report(*reports: Report) -> Figure:
     return figure
 
 
+# A bar of value 0 is a line in its color: its outline, drawn over the axis.
+BASE: dict[str, Any] = {"linewidth": 2, "clip_on": False}
+
+
 def _bars(axes: Any, report: Report, of: str) -> None:
     there = {name: how for name, how in BARS.items() if name in report.metrics}
     width, turns = 0.8 / len(there), range(1, report.turns + 1)
@@ -216,6 +220,7 @@ def _bars(axes: Any, report: Report, of: str) -> None:
         places = [turn + (i - (len(there) - 1) / 2) * width for turn in turns]
         values, errors = _values(report, metric, turns)
         style = {"color": color, "label": label, "ecolor": INK, "error_kw": {"elinewidth": 1}}
+        style |= {"edgecolor": color, **BASE}
         axes.bar(places, values, 0.92 * width, yerr=errors, **style)
     _finish(axes, f"All turns so far, %{of}", turns, [report])
     legend_below(axes, columns=3)
@@ -300,7 +305,15 @@ def _types(axes: Any, report: Report, of: str) -> None:
     places, nan = range(len(found)), float("nan")
     for y, x in zip(places, found, strict=True):
         value, low, high = (nan if v is None else v for v in (x.estimate, x.low, x.high))
-        axes.barh(y, value, color=PURPLE, xerr=[[value - low], [high - value]], ecolor=INK)
+        axes.barh(
+            y,
+            value,
+            color=PURPLE,
+            xerr=[[value - low], [high - value]],
+            ecolor=INK,
+            edgecolor=PURPLE,
+            **BASE,
+        )
     labels = [f"{x.edit_type} ({x.count}{', few' * x.few})".replace("_", " ") for x in found]
     axes.set_yticks(places, labels)
     axes.invert_yaxis()

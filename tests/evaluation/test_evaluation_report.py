@@ -382,6 +382,8 @@ def test_bars_of_a_turn_stand_side_by_side_around_it(metrics):
     for bars in some(drawn):
         color, value = named[bars.get_label()]
         assert {to_hex(bar.get_facecolor()) for bar in bars} == {color}
+        # The outline shows a bar of 0, whose whiskers would stand alone.
+        assert {(to_hex(bar.get_edgecolor()), bar.get_linewidth()) for bar in bars} == {(color, 2)}
         assert [bar.get_height() for bar in bars] == [value - 10, value - 20]
     for turn in (1, 2):
         sides = [(bars[turn - 1].get_x(), bars[turn - 1].get_width()) for bars in drawn]

@@ -190,6 +190,18 @@ def test_a_reward_of_small_spread_fills_its_axis(values, ends):
     assert axes.get_ylim() == pytest.approx(ends)
 
 
+def test_rounds_after_which_options_changed_are_marked():
+    lines = [{"round": i, "reward/x": i / 10} for i in range(1, 9)]
+    options = ((3, "training.learning_rate"), (6, "data.groups"), (6, "training.batch"))
+    changes = [{"after_round": after, "option": name} for after, name in options]
+    (axes,) = draw_curves(lines, [], title="", changes=changes).axes
+    assert [x.get_text() for x in axes.texts] == [
+        "training.learning_rate changed",
+        "2 options changed",
+    ]
+    assert [x.get_xdata()[0] for x in axes.lines[2:]] == [3.5, 6.5]
+
+
 def test_a_reward_that_was_always_lost_is_drawn_empty():
     (axes,) = draw_curves([{"round": 1, "reward/x": nan}], [], title="").axes
     assert axes.get_ylim() != curves.UNIT

@@ -69,13 +69,20 @@ LEAST_SHARE, SHARE_ROOM = 5.0, 1.15  # invalid share: least top in percent; top 
 BESIDE_TURNS = {"x": 0.14}
 NUMBER: dict[str, Any] = {"textcoords": "offset points", "ha": "center", "fontsize": 10}
 ABOVE, BELOW, LOW = (0, 7), (0, -16), 10  # offsets of a number; below LOW percent it is ABOVE
+CHANGED = {"color": SOFT, "linestyle": ":", "linewidth": 1}
+CHANGE_NOTE: dict[str, Any] = {"rotation": 90, "ha": "right", "va": "top", "fontsize": 8}
+CHANGE_NOTE |= {"color": SOFT, "xytext": (-3, 0), "textcoords": "offset points"}
 CENTER: dict[str, Any] = {"x": 0.5, "y": 0.5, "ha": "center", "color": SOFT}
 
 Panel = Callable[[Any], None]
 
 
 def draw_curves(
-    metrics: Sequence[Mapping[str, float]], evaluations: Sequence[Evaluation], *, title: str
+    metrics: Sequence[Mapping[str, float]],
+    evaluations: Sequence[Evaluation],
+    *,
+    title: str,
+    changes: Sequence[Mapping[str, Any]] = (),
 ) -> Figure:
     """Draw the curves of a run in up to nine panels; a panel without data is omitted.
 
@@ -89,6 +96,8 @@ def draw_curves(
             "training/old_kl", "invalid_share", "seconds/<phase>".
         evaluations: evaluations of the same chains, in the order of their rounds.
         title: title of the figure.
+        changes: options that a resumed run changed: "after_round" and "option" of each. The panel
+            of rewards marks these rounds.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -98,7 +107,7 @@ def draw_curves(
         >>> [axes.get_title(loc="left") for axes in draw_curves(rounds, [], title="A run").axes]
         ['Rewards in training']
     """
-    panels = _panels(metrics, evaluations)
+    panels = _panels(metrics, evaluations, changes)
     if not panels:
         raise ValueError("metrics: expected rewards of some round, or an evaluation, got neither")
     columns = min(len(panels), COLUMNS)
@@ -127,14 +136,16 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 
 
 def _panels(
-    metrics: Sequence[Mapping[str, float]], evaluations: Sequence[Evaluation]
+    metrics: Sequence[Mapping[str, float]],
+    evaluations: Sequence[Evaluation],
+    changes: Sequence[Mapping[str, Any]],
 ) -> list[Panel]:
     names = {name: None for line in metrics for name in line}
     rewards = [name for name in names if name.startswith(REWARD)]
     phases = [name for name in names if name.startswith(SECONDS)]
     panels: list[Panel] = []
     if rewards:
-        panels.append(partial(_draw_rewards, metrics=metrics, names=rewards))
+        panels.append(partial(_draw_rewards, metrics=metrics, names=rewards, changes=changes))
     if evaluations:
         panels.append(partial(_draw_held_out, evaluations=evaluations))
         shown = [name for name in BY_TURN if name in evaluations[0].metrics]
@@ -151,7 +162,11 @@ def _panels(
 
 
 def _draw_rewards(
-    axes: Any, *, metrics: Sequence[Mapping[str, float]], names: Sequence[str]
+    axes: Any,
+    *,
+    metrics: Sequence[Mapping[str, float]],
+    names: Sequence[str],
+    changes: Sequence[Mapping[str, Any]],
 ) -> None:
     every: list[float] = []
     for i, name in enumerate(names):
@@ -162,7 +177,18 @@ def _draw_rewards(
     axes.set_xlabel(f"round (bold: mean of the last {_window(metrics)})")
     if every and min(every) >= 0 and max(every) <= 1:
         axes.set_ylim(*_within_unit(every))
+    _mark_changes(axes, changes)
     legend_below(axes)
+
+
+def _mark_changes(axes: Any, changes: Sequence[Mapping[str, Any]]) -> None:
+    """Mark rounds after which a resumed run had other options, with the option or their number."""
+    for after in sorted({x["after_round"] for x in changes}):
+        options = [x["option"] for x in changes if x["after_round"] == after]
+        words = options[0] if len(options) == 1 else f"{len(options)} options"
+        axes.axvline(after + 0.5, **CHANGED)
+        place = {"xy": (after + 0.5, 0.98), "xycoords": ("data", "axes fraction")}
+        axes.annotate(f"{words} changed", **place, **CHANGE_NOTE)
 
 
 def _within_unit(values: Sequence[float]) -> tuple[float, float]:
