@@ -57,11 +57,11 @@ def main() -> int:
             options.print_help()
         return 0 if words else 2
     own, rest = options.parse_known_args(words)
-    from mteditflow_examples.flux.command_line import parse
+    from mteditflow_examples.flux.command_line import parse_or_exit
 
     with refusing(), reader_may_leave():
         refuse_unknown(rest, list(vars(own)))
-        for line in checks(rest[0], parse(rest), gpus=own.gpus, memory=own.memory):
+        for line in checks(rest[0], parse_or_exit(rest), gpus=own.gpus, memory=own.memory):
             print(line, flush=True)
     return 0
 

@@ -40,6 +40,19 @@ def test_a_sound_run(tried):
         (("--memory", 0.61), "--memory: expected a run that fits 0.61 GiB, got 0."),
         (("--gpus", 3), "--gpus: expected a divisor of the 4 groups"),
         (("--rewards.weights.aesthetics", 1), "rewards.weights.aesthetics: expected 0, since "),
+        (
+            (
+                "--rewards.judge",
+                "http://127.0.0.1:9/v1",
+                "--rewards.judge-model",
+                "x",
+                "--rewards.scale",
+                "binary",
+                "--evaluation.policy",
+                "ema",
+            ),
+            "rewards.scorer: expected no judge and no consistency beside it, got ",
+        ),
         (("--memry", 8), "options: expected --memory, --gpus or --SECTION.FIELD of the trainer"),
     ],
 )

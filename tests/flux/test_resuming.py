@@ -257,6 +257,8 @@ def test_before_is_the_round_that_it_is(stopped, tmp_path, capsys):
     report = json.loads((run / "report.json").read_text())
     again = {"after_round": 2, "option": "training.rounds", "was": 2, "is": 3}
     assert changed(report) == [rounds, again]
+    ended = call(train_flux.main, options(world, run, *MORE, "--training.rounds", 3))
+    assert "all 3 rounds are done; to train on, raise training.rounds\n" in ended.err
 
 
 @pytest.fixture
