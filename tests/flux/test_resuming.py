@@ -478,7 +478,9 @@ def test_a_full_disk_ends_a_run_with_1_and_it_goes_on(stopped, tmp_path, monkeyp
         patch.setattr("mteditflow.training.metrics_file.MetricsFile.append", full)
         ended = call(train_flux.main, options(world, run, *MORE))
     assert ended.code == 1
-    assert ended.err.splitlines()[-1].endswith("error: [Errno 28] No space left on device")
+    assert ended.err.splitlines()[-1].endswith(
+        "error: [Errno 28] No space left on device; free space and start again"
+    )
     assert "Traceback" not in ended.err
     assert (run / "metrics.jsonl").read_bytes() == before
     assert call(train_flux.main, options(world, run, *MORE)).code == 0
