@@ -199,10 +199,10 @@ def _cure(error: Exception, run: Run | None) -> str:
     """Return what to do about a full disk; "" for other errors."""
     if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return ""
-    saved = (
-        "" if run is None or run.saved < 0 else f"the checkpoint of round {run.saved} is intact; "
-    )
-    return f"; {saved}free space and start again"
+    cure = "free space and start again"
+    if run is None or run.saved < 0:
+        return f"; {cure}"
+    return f"; the checkpoint of round {run.saved} is intact: {cure}"
 
 
 def _open_log(folder: Path, accelerator: Accelerator, stack: ExitStack) -> RunLog:

@@ -479,7 +479,8 @@ def test_a_full_disk_ends_a_run_with_1_and_it_goes_on(stopped, tmp_path, monkeyp
         ended = call(train_flux.main, options(world, run, *MORE))
     assert ended.code == 1
     assert ended.err.splitlines()[-1].endswith(
-        "error: [Errno 28] No space left on device; free space and start again"
+        "error: [Errno 28] No space left on device; the checkpoint of round 1 is intact: free "
+        "space and start again"
     )
     assert "Traceback" not in ended.err
     assert (run / "metrics.jsonl").read_bytes() == before
