@@ -91,12 +91,12 @@ def main() -> int:
             options.print_help()
         return 0 if words else 2
     own, rest = options.parse_known_args(words)
-    from mteditflow_examples.flux.command_line import parse
+    from mteditflow_examples.flux.command_line import parse_or_exit
     from mteditflow_examples.flux.config import ConfigError
 
     with refusing(ConfigError), reader_may_leave():
         refuse_unknown(rest, list(vars(own)))
-        config = parse(rest, services=False)
+        config = parse_or_exit(rest, services=False)
         budget = budget_of(
             rest[0], config, memory=own.memory, gpus=own.gpus, efficiency=own.efficiency
         )

@@ -57,11 +57,11 @@ def main() -> int:
             options.print_help()
         return 0 if words else 2
     own, rest = options.parse_known_args(words)
-    from mteditflow_examples.flux.command_line import parse
+    from mteditflow_examples.flux.command_line import parse_or_exit
 
     with refusing(), reader_may_leave():
         refuse_unknown(rest, list(vars(own)))
-        for line in checks(rest[0], parse(rest), gpus=own.gpus, memory=own.memory):
+        for line in checks(rest[0], parse_or_exit(rest), gpus=own.gpus, memory=own.memory):
             print(line, flush=True)
     return 0
 
@@ -142,31 +142,39 @@ def _images(inputs: Inputs) -> str:
 
 
 def _instructions(config: Config, inputs: Inputs) -> Iterator[str]:
-    """Count the tokens of the longest instruction, and compare them with the pipeline's limit."""
+    """Count the tokens of the instructions by each tokenizer, and compare them with its limit."""
     from mteditflow_examples.flux.loading import family_of
     from transformers import AutoTokenizer
 
     texts = {text for chain in inputs.chains.chains for text in chain.instructions}
     family, name = family_of(config.model.path), "max_sequence_length"
     known = signature(family.pipeline.__call__).parameters
-    limit = config.model.options.get(name, known[name].default if name in known else None)
+    longest_input = config.model.options.get(name, known[name].default if name in known else None)
     parts = list(signature(family.pipeline.__init__).parameters)
-    tokenizer = max((part for part in parts if part.startswith("tokenizer")), default=None)
-    if limit is None or tokenizer is None:
+    tokenizers = sorted(part for part in parts if part.startswith("tokenizer"))
+    if longest_input is None or not tokenizers:
         yield f"instructions: {len(texts)}; their tokens are not counted for this pipeline"
         return
-    try:
-        encode = AutoTokenizer.from_pretrained(config.model.path, subfolder=tokenizer)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:120]
-        yield f"instructions: {len(texts)}; their tokens are not counted: {reason}"
-        return
-    lengths = {text: len(encode(text).input_ids) for text in texts}
-    longest = max(lengths, key=lengths.__getitem__)
-    yield f"instructions: {len(texts)}, of at most {lengths[longest]} tokens of {limit}"
-    cut = sum(length > limit for length in lengths.values())
-    if cut:
-        yield f"warning: {cut} instructions lose their end, the longest is {longest[:60]!r}"
+    counts, warnings = [], []
+    for part in tokenizers:
+        try:
+            encode = AutoTokenizer.from_pretrained(config.model.path, subfolder=part)
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:120]
+            counts.append(f"not counted by {part}: {reason}")
+            continue
+        # The last tokenizer feeds the encoder of the option; CLIP's have a fixed length, 77.
+        limit = longest_input if part == tokenizers[-1] else encode.model_max_length
+        lengths = {text: len(encode(text).input_ids) for text in texts}
+        longest = max(lengths, key=lengths.__getitem__)
+        counts.append(f"of at most {lengths[longest]} tokens of {limit} ({part})")
+        if cut := sum(length > limit for length in lengths.values()):
+            warnings.append(
+                f"warning: {cut} instructions lose their end in {part}, the longest is "
+                f"{longest[:60]!r}"
+            )
+    yield f"instructions: {len(texts)}, {', '.join(counts)}"
+    yield from warnings
 
 
 def _rewards(config: Config, inputs: Inputs) -> str:

@@ -123,6 +123,8 @@ def test_arguments_reach_the_program(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", sys.argv)
     assert exit_code("train", "nft") == 2
     assert capsys.readouterr().err.startswith("error: preset: expected one of ['flux2-")
+    assert exit_code("train", "kontext-ntf") == 2
+    assert capsys.readouterr().err.endswith("got 'kontext-ntf'; perhaps kontext-nft\n")
 
 
 def test_what_a_package_says_of_a_missing_extra_is_one_line(monkeypatch, capsys):

@@ -43,6 +43,10 @@ def restore(run: Run) -> None:
     run.first_round = run.state.done
     if run.main:
         cut_back(found, run.checkpoints, run.log, run.held_out)
+    planned = run.config.training.rounds
+    if run.state.done >= planned:
+        which = "the only round is" if planned == 1 else f"all {planned} rounds are"
+        run.log.message(f"{which} done; to train on, raise training.rounds")
     run.accelerator.wait_for_everyone()
 
 

@@ -15,6 +15,7 @@ import tyro
 
 from mteditflow._exits import BAD_INPUT, refuse
 from mteditflow._pipes import reader_may_leave
+from mteditflow._spelling import perhaps
 from mteditflow.objectives import OBJECTIVES, Objective
 
 from .config import Config, ConfigError
@@ -36,7 +37,9 @@ STYLE, RULE = re.compile(r"\x1b\[[0-9;]*m"), re.compile(r"[-─]{4}")
 FRAME = re.compile(r"^\s*[│╭╰|+]|[│╮╯|+]\s*$")
 
 
-def parse_or_exit(arguments: Sequence[str], kind: type[Config] = Config) -> Config:
+def parse_or_exit(
+    arguments: Sequence[str], kind: type[Config] = Config, *, services: bool = True
+) -> Config:
     """Parse the command line as ``parse`` does, and exit with one line if it is wrong.
 
     Raises:
@@ -44,7 +47,7 @@ def parse_or_exit(arguments: Sequence[str], kind: type[Config] = Config) -> Conf
     """
     try:
         with reader_may_leave():
-            return parse(arguments, kind)
+            return parse(arguments, kind, services=services)
     except ConfigError as error:
         refuse("; ".join(str(error).splitlines()))
     sys.exit(0)  # only reached if the reader of the help closed the pipe, as in help | head
@@ -205,7 +208,8 @@ def _preset(name: str, kind: type[Config]) -> Config:
     path = Path(name) if name.endswith(".toml") else PRESETS / f"{name}.toml"
     names = [path.stem for path in sorted(PRESETS.glob("*.toml"))]
     if not name.endswith(".toml") and name not in names:
-        raise ConfigError(f"preset: expected one of {names} or a .toml file, got {name!r}")
+        near = perhaps(name, names)
+        raise ConfigError(f"preset: expected one of {names} or a .toml file, got {name!r}{near}")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
         if kind is not Config:  # its objective is the program's own

@@ -63,10 +63,15 @@ def log_rewards(run: Run, rewards: RoundRewards) -> None:
 
 
 def _warn_of_absent(run: Run, rewards: RoundRewards) -> None:
-    """Log rewards that no trajectory of the round has, once per process and reward."""
+    """Log rewards that no trajectory of the round has, once per process and reward.
+
+    A reward of which all scores are lost is no such reward: ``rewards.max_invalid`` counts it.
+    """
     for name in [name for name in rewards.absent if name not in run.absent]:
-        run.absent.add(name)
         share = rewards.terms[name].unmeasured_share
+        if share == 0:
+            continue
+        run.absent.add(name)
         run.log.warning(
             f"round {run.state.done + 1}: no trajectory has the reward {name} ({share:.0%} had "
             "nothing to measure), so it has no effect there; the report counts such rounds"

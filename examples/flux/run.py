@@ -109,6 +109,7 @@ class Run:
         batches: rest of the sampler's current epoch, as lists of indices.
         absent: rewards whose absence from a round has been logged.
         flat_rewards: why the rewards of the last such round trained nothing; "": none did not.
+        outage_explained: whether the log says what follows while a server is out.
         drift: drift detector; None without ``safety.drift_members``.
         alarms: drift alarms so far, each with "round", "statistic", "value", "low", "high" and
             "picture".
@@ -145,6 +146,7 @@ class Run:
     batches: Iterator[list[int]] = field(default_factory=lambda: iter(()))
     absent: set[str] = field(default_factory=set)
     flat_rewards: str = ""
+    outage_explained: bool = False
     drift: DriftWatch | None = None
     alarms: list[dict[str, Any]] = field(default_factory=list)
     changes: list[dict[str, Any]] = field(default_factory=list)

@@ -25,6 +25,7 @@ from .config import IDENTITY
 from .few_steps import sampling_call
 from .run import Run
 from .scorers import ScorerError
+from .scoring import PATIENCE
 
 POLL = 1.0  # seconds between checks for a signal while waiting for scores
 
@@ -267,9 +268,24 @@ def await_all(run: Run, waiting: Sequence[Future[Value]], name: str) -> list[Val
             # Every rank polls until the last is done: stop_if_requested is collective, too.
             (lefts,), _ = gather_ranks(torch.tensor([len(left)], device=run.device))
             unfinished = bool(lefts.any())
+            if unfinished and (out := run.submit.out):
+                _explain_outage(run, out)
             run.stop_if_requested()
     _raise_together(run, waiting)
     return [future.result() for future in waiting]
+
+
+def _explain_outage(run: Run, out: Sequence[str]) -> None:
+    """Log what follows if a server stays out, once per process."""
+    if run.outage_explained:
+        return
+    run.outage_explained = True
+    run.log.message(
+        f"waiting for {', '.join(out)}: each request waits up to {PATIENCE:g} s for a server, then "
+        f"its score counts as lost; if more than {run.config.rewards.max_invalid:.0%} of a reward "
+        "are lost (rewards.max_invalid), the run saves its last whole round and ends with 1. It is "
+        "safe to stop it now by SIGTERM; start it again to resume, with the answers so far"
+    )
 
 
 def _raise_together(run: Run, waiting: Sequence[Future[Value]]) -> None:

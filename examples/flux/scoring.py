@@ -38,6 +38,8 @@ from .config import CONSECUTIVE, ConfigError, Rewards
 from .declared import consistency_terms, declared_scale, declared_terms
 from .scorers import CheckedScorer, named_scorer, require_regions
 
+PATIENCE = 300.0  # s, longest wait of a request for a server that is out
+
 
 class Submit:
     """Callable that submits chains to a scorer in the background.
@@ -68,6 +70,11 @@ class Submit:
             raise TypeError("scorer: expected one of the user's own, which has regions")
         return self._background.submit(self._scorer.regions, chains, images)
 
+    @property
+    def out(self) -> list[str]:
+        """URLs of the servers that do not answer now; a custom scorer has none."""
+        return self._scorer.out if isinstance(self._scorer, Services) else []
+
 
 def judge_client(config: Rewards, **options: Any) -> ChatClient:
     """Return a client of the configured judge; its API key comes from the environment."""
@@ -76,7 +83,7 @@ def judge_client(config: Rewards, **options: Any) -> ChatClient:
         config.judge_model,
         api_key=read_secret("OPENAI_API_KEY"),
         request=config.request,
-        **{"concurrency": config.concurrency, "timeout": config.timeout} | options,
+        **_limits(config) | options,
     )
 
 
@@ -92,8 +99,16 @@ def consistency_client(
         config.consistency,
         pairing=pairing or own,
         token=read_secret("MTEDITFLOW_TOKEN"),
-        **{"concurrency": config.concurrency, "timeout": config.timeout} | options,
+        **_limits(config) | options,
     )
+
+
+def _limits(config: Rewards) -> dict[str, Any]:
+    return {
+        "concurrency": config.concurrency,
+        "timeout": config.timeout,
+        "patience": PATIENCE,
+    }
 
 
 def pairings(config: Rewards) -> dict[str, str]:
@@ -116,6 +131,15 @@ class Services:
             for term, pairing in pairings(config).items()
         }
         self._features = config.terms == "features"
+
+    @property
+    def out(self) -> list[str]:
+        """URLs of the servers that do not answer now."""
+        found: dict[str, None] = {}  # two pairings share a server
+        for client in (self.client, *self._looks.values()):
+            states = client.statistics.endpoints
+            found |= {url: None for url, state in states.items() if state == "out"}
+        return list(found)
 
     async def score(
         self, chains: Sequence[Chain], images: Sequence[Sequence[Image]]

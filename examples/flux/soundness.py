@@ -94,7 +94,10 @@ def _unsound(config: Config) -> Iterator[str]:
             f"different numbers of groups, got {data.extra_groups}"
         )
     if rewards.scorer is not None and (rewards.judge or rewards.consistency):
-        yield "rewards.scorer: expected no judge and no consistency beside it"
+        yield (
+            "rewards.scorer: expected no judge and no consistency beside it, got "
+            f"{rewards.scorer!r}; to score by them, give --rewards.scorer None"
+        )
     if rewards.scorer is None or rewards.scale is not None:
         try:
             SCALES[rewards.scale or "likert"].with_success(rewards.success)

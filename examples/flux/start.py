@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -190,8 +191,18 @@ def _run(train: Callable[[Run], None], load: Callable[[], Run], log: RunLog) -> 
         refuse_untrained(run)
     except (*BAD_INPUT, *ENDS) as error:
         with suppress(OSError):  # the log's disk may be full; the terminal shows the line anyway
-            log.message(f"error: {error}")
+            log.message(f"error: {error}{_cure(error, run)}")
         sys.exit(1 if run is not None and run.begun else 2)
+
+
+def _cure(error: Exception, run: Run | None) -> str:
+    """Return what to do about a full disk; "" for other errors."""
+    if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return ""
+    cure = "free space and start again"
+    if run is None or run.saved < 0:
+        return f"; {cure}"
+    return f"; the checkpoint of round {run.saved} is intact: {cure}"
 
 
 def _open_log(folder: Path, accelerator: Accelerator, stack: ExitStack) -> RunLog:

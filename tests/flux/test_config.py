@@ -304,7 +304,8 @@ def test_distillation_leaves_the_objective_of_a_preset():
         ({"rewards": {"scorer": None}}, "rewards: expected judge and judge_model, or a scorer"),
         (
             {"rewards": {"judge": ["http://x/v1"]}},
-            "rewards.scorer: expected no judge and no consistency beside it",
+            "rewards.scorer: expected no judge and no consistency beside it, got 'module:name'; "
+            "to score by them, give --rewards.scorer None",
         ),
         (
             {

@@ -9,18 +9,23 @@ import pytest
 import torch
 from mteditflow_examples import train_flux
 from mteditflow_examples.flux.advantages import round_rewards
+from mteditflow_examples.flux.config import Rewards
 from mteditflow_examples.flux.reporting import refuse_flat_rewards
-from mteditflow_examples.flux.run import FlatRewardsError
+from mteditflow_examples.flux.run import FlatRewardsError, Stopped
 from mteditflow_examples.flux.sampling import await_all
 from mteditflow_examples.flux.scorers import ScorerError
+from mteditflow_examples.flux.scoring import scoring
 from mteditflow_examples.shapes.scoring import ExactRewards
+from PIL import Image
 
+from mteditflow.chains import read_chains
 from mteditflow.rewards import LIKERT, Fault, Lost, TurnScores
 from mteditflow.training import Checkpoints
 from tests.flux.rounds import started
 from tests.flux.test_updating import NO_KL, lines_of
 from tests.flux.worlds import options, weights
 from tests.loops import some
+from tests.processes import free_port
 from tests.samples_of_scores import turn_scores
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -151,6 +156,7 @@ def test_lost_rewards_end_a_run(world, tmp_path, monkeypatch):
     assert program(world, tmp_path, monkeypatch, *more, objective="grpo") == 1
     told = (tmp_path / "log.txt").read_text()
     assert "error: rewards.max_invalid: following: 100% of 8 rewards are invalid" in told
+    assert "nothing to measure" not in told  # lost is not unmeasured
     (line,) = lines_of(tmp_path)  # of the round that ended the run
     assert (line["round"], line["invalid_share"], line["lost/time-out"]) == (1, 1, 8)
 
@@ -193,3 +199,24 @@ def test_a_scorer_that_raises_on_one_rank_ends_all_of_them(world, tmp_path, monk
         monkeypatch.setattr("mteditflow_examples.flux.sampling.gather_ranks", gathered)
         with pytest.raises(ScorerError, match=r"^on rank 1: \u00e9$"):
             await_all(run_, [good], "rewards")
+
+
+def test_a_judge_that_is_out_is_explained_once(world, tmp_path, monkeypatch):
+    judge = Rewards(judge=(f"http://127.0.0.1:{free_port()}/v1",), judge_model="x")
+    chain = read_chains(world / "train.jsonl", check_images=False).chains[0].first_turns(1)
+    image = Image.new("RGB", (8, 8))
+    stop = iter((None, None, Stopped("SIGTERM")))
+
+    def requested():
+        if (signal := next(stop)) is not None:
+            raise signal
+
+    with started(world, tmp_path) as run:
+        monkeypatch.setattr(run, "stop_if_requested", requested)
+        # The error leaves the block of scoring, which then cancels the requests in flight.
+        with pytest.raises(Stopped), scoring(judge, tmp_path / "judge.sqlite") as run.submit:
+            await_all(run, [run.submit([chain] * 4, [[image, image]] * 4)], "rewards")
+    told = (tmp_path / "log.txt").read_text()
+    said = f"waiting for {judge.judge[0]}: each request waits up to 300 s for a server"
+    assert told.count("each request waits") == told.count(said) == 1
+    assert "20% of a reward are lost (rewards.max_invalid)" in told

@@ -257,6 +257,8 @@ def test_before_is_the_round_that_it_is(stopped, tmp_path, capsys):
     report = json.loads((run / "report.json").read_text())
     again = {"after_round": 2, "option": "training.rounds", "was": 2, "is": 3}
     assert changed(report) == [rounds, again]
+    ended = call(train_flux.main, options(world, run, *MORE, "--training.rounds", 3))
+    assert "all 3 rounds are done; to train on, raise training.rounds\n" in ended.err
 
 
 @pytest.fixture
@@ -476,7 +478,10 @@ def test_a_full_disk_ends_a_run_with_1_and_it_goes_on(stopped, tmp_path, monkeyp
         patch.setattr("mteditflow.training.metrics_file.MetricsFile.append", full)
         ended = call(train_flux.main, options(world, run, *MORE))
     assert ended.code == 1
-    assert ended.err.splitlines()[-1].endswith("error: [Errno 28] No space left on device")
+    assert ended.err.splitlines()[-1].endswith(
+        "error: [Errno 28] No space left on device; the checkpoint of round 1 is intact: free "
+        "space and start again"
+    )
     assert "Traceback" not in ended.err
     assert (run / "metrics.jsonl").read_bytes() == before
     assert call(train_flux.main, options(world, run, *MORE)).code == 0
