@@ -121,7 +121,7 @@ def blocks(text):
 
 LOSS, OBJECTIVE = blocks(README)  # one of each: a fresh reader's first two programs
 LOOPS = blocks((ROOT / "docs" / "loop.md").read_text())
-LOOP, OWN_MODEL, STOCHASTIC, OWN_SAMPLER, OWN_SCORES = LOOPS
+LOOP, OWN_MODEL, TRANSFORMER, STOCHASTIC, OWN_SAMPLER, OWN_SCORES = LOOPS
 
 
 def run_block(block, *more):
@@ -225,6 +225,21 @@ def test_these_loops_pass_over_a_round_without_units(name, score):
     without = [len(units) == 0 for units in some(found["seen"])]
     assert all(without) or (name == "nft" and "0.5" in score and not any(without))
     assert bool(found["model"].weight.isfinite().all())
+
+
+def test_the_velocity_over_a_diffusers_transformer_is_its_output_at_thousandths():
+    torch.manual_seed(0)
+    found = run_block(TRANSFORMER)
+    model, velocity, at = found["model"], found["velocity"], torch.tensor([[5, 0], [2, 0]])
+    assert found["output"].loss.dtype == torch.float32
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in model.parameters())
+    seen = []
+    model.register_forward_pre_hook(lambda _, *given: seen.append(given), with_kwargs=True)
+    assert velocity("current", torch.zeros(2, 4, 8, 8), torch.tensor([0.5, 1]), at).shape[0] == 2
+    ((x_t,), given), prompts = seen[0], found["prompts"]
+    assert x_t.dtype == model.dtype == torch.bfloat16
+    assert given["timestep"].tolist() == [500, 1000]
+    assert torch.equal(given["encoder_hidden_states"], prompts[[5, 2]].bfloat16())
 
 
 def test_an_own_sampler_of_another_noise_level_is_noticed():

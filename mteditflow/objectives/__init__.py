@@ -5,7 +5,7 @@ on can be imported from ``mteditflow``. See ``mteditflow.objectives.base`` for t
 """
 
 from mteditflow.objectives.awm import AWM
-from mteditflow.objectives.base import BucketVelocity, Card, Objective, Output, Sampling, Velocity
+from mteditflow.objectives.base import Card, Objective, Output, Sampling, Velocity
 from mteditflow.objectives.crd import CRD
 from mteditflow.objectives.dgpo import DGPO
 from mteditflow.objectives.distillation import Distillation
@@ -23,6 +23,7 @@ from mteditflow.objectives.nft import NFT
 from mteditflow.objectives.replay import ReplayObjective
 from mteditflow.objectives.samples import Buckets, CleanSamples, Samples
 from mteditflow.objectives.units import Units, training_rows
+from mteditflow.objectives.velocities import BucketVelocity
 
 #: Objectives by their names in command lines and tables.
 OBJECTIVES: dict[str, type[Objective]] = {

@@ -21,25 +21,39 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, wraps
+from functools import wraps
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from mteditflow._checks import check_kind
-from mteditflow._reduce import valid_rows
 from mteditflow.flow.solvers import Solver
 from mteditflow.objectives.keys import Key
 from mteditflow.objectives.samples import Buckets, Samples
-from mteditflow.objectives.units import Rows, Units, at_rows, member_mask, member_rows
+from mteditflow.objectives.units import Units, member_rows
 
 Policy = Literal["current", "old", "reference", "teacher"]
 Metrics = dict[str, Tensor]
 
 
 class Velocity(Protocol):
-    """Velocity of a policy at states of samples: the only interface to the user's model."""
+    """Velocity of a policy at noisy latents: the only interface to the user's model.
+
+    The velocity points from clean latents to noise, ``noise - clean``, as FLUX and SD3 predict it;
+    ``x_t = (1 - sigma) * clean + sigma * noise``. Negate the output of a model that predicts
+    ``clean - noise`` and give it ``1 - sigma`` if its time runs from noise (0) to clean (1): no
+    check can detect the wrong sign, and training diverges.
+
+    Example:
+        With diffusers' ``FluxTransformer2DModel``, whose timestep is sigma itself; that of
+        ``SD3Transformer2DModel`` is ``1000 * sigma``::
+
+            def velocity(policy, x_t, sigma, at):
+                model = models[policy]
+                inputs = conditioning(at[:, 0])  # of each row's trajectory
+                x_t, sigma = x_t.to(model.dtype), sigma.to(model.dtype)
+                return model(x_t, timestep=sigma, **inputs, return_dict=False)[0]
+    """
 
     def __call__(self, policy: Policy, x_t: Tensor, sigma: Tensor, at: Tensor) -> Tensor:
         """Return the velocity of M rows, [M, ...].
@@ -49,65 +63,19 @@ class Velocity(Protocol):
                 NFT-type objectives mix with), "reference" (the base model), or "teacher". All but
                 "current" are called under ``torch.no_grad``. An objective requests only the
                 policies that it needs.
-            x_t: noisy latents, [M, ...]: float32 where latents are re-noised, in the dtype of the
-                stored states where steps are replayed. Cast them to the model's dtype.
-            sigma: flow time of each row, [M], in [0, 1].
+            x_t: noisy latents, [M, ...]: float32 where clean latents are re-noised (NFT, AWM,
+                FlowAWR, DPO, DGPO, CRD), whatever the dtype of ``clean``; in the dtype of the
+                stored states where steps are replayed (GRPO, Guard, DPPO, Distillation, MTOPSD).
+                Cast them to the model's dtype.
+            sigma: flow time of each row, [M], in [0, 1]; 1 is pure noise. Not in thousandths.
             at: trajectory and turn of each row, int64 [M, 2] on the CPU; selects the conditioning.
+
+        Returns:
+            A floating-point tensor of the shape of ``x_t``, on any device: not the tuple or the
+            output object of a diffusers model, and without the tokens of reference images.
+            Objectives raise ``TypeError`` or ``ValueError`` for anything else.
         """
         ...
-
-
-class BucketVelocity:
-    """Velocity for ``Buckets``, assembled from one velocity per part.
-
-    Args:
-        samples: the buckets.
-        velocities: one for each of ``samples.parts``, such as ``RolloutVelocity(policies, part)``;
-            each counts trajectories within its part.
-
-    Raises:
-        ValueError: the number of velocities differs from the number of parts.
-        TypeError: ``samples`` are not ``Buckets``, or a velocity is not callable.
-
-    Example:
-        >>> from mteditflow.objectives import CleanSamples
-        >>> group = torch.tensor([0, 0])
-        >>> square, wide = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 2, 8)
-        >>> samples = Buckets([CleanSamples(square, group), CleanSamples(wide, group + 1)])
-        >>> velocity = BucketVelocity(
-        ...     samples, [lambda policy, x_t, sigma, at: at[:, :1], lambda *given: -given[3][:, :1]]
-        ... )
-        >>> at = torch.tensor([[3, 0], [1, 0]])  # the second trajectory of either part
-        >>> velocity("current", torch.zeros(2, 4, 4), torch.zeros(2), at)
-        tensor([[-1],
-                [ 1]])
-    """
-
-    def __init__(self, samples: Buckets, velocities: Sequence[Velocity]) -> None:
-        check_kind("samples", samples, Buckets, "Buckets")
-        check_kind("velocities", velocities, Sequence, "a sequence of callables")
-        if len(velocities) != len(samples.parts):
-            raise ValueError(
-                f"velocities: expected one for each of the {len(samples.parts)} parts, got "
-                f"{len(velocities)}"
-            )
-        for position, velocity in enumerate(velocities):
-            if not callable(velocity):
-                kind = type(velocity).__name__
-                raise TypeError(f"velocities[{position}]: expected a callable, got {kind}")
-        self._samples, self._velocities = samples, tuple(velocities)
-
-    def __call__(self, policy: Policy, x_t: Tensor, sigma: Tensor, at: Tensor) -> Tensor:
-        """See ``Velocity``; rows of several parts in one call must share one latent shape."""
-
-        def read(part: int, here: Tensor, own: Tensor) -> tuple[Tensor]:
-            if len(here) == len(at):  # all rows in one part, as in a micro-batch: copy nothing
-                return (self._velocities[part](policy, x_t, sigma, own),)
-            states, times = x_t[here.to(x_t.device)], sigma[here.to(sigma.device)]
-            return (self._velocities[part](policy, states, times, own),)
-
-        (velocity,) = self._samples.gather(at, read)
-        return velocity
 
 
 class Sampling(NamedTuple):
@@ -282,55 +250,6 @@ def _counted_from(start: int, velocity: Velocity) -> Velocity:
     """Return a velocity that counts trajectories from ``start``, the first one of a part."""
     shift = torch.tensor([start, 0], dtype=torch.int64, device="cpu")
     return lambda policy, x_t, sigma, at: velocity(policy, x_t, sigma, at + shift.to(at.device))
-
-
-class Velocities:
-    """Velocities of the policies at the same M states, each computed when it is first read."""
-
-    def __init__(
-        self, velocity: Velocity, x_t: Tensor, sigma: Tensor, units: Units, *, old_is_current: bool
-    ) -> None:
-        self._velocity, self._units, self._old_is_current = velocity, units, old_is_current
-        self._states = x_t, sigma, member_rows(units)[:, :2]
-
-    @cached_property
-    def current(self) -> Tensor:
-        """Velocity of the current policy, [M, ...], with gradient."""
-        return self._of("current")
-
-    @cached_property
-    def old(self) -> Tensor:
-        """Velocity of the old policy, detached; the current one if both have the same weights."""
-        return self.current.detach() if self._old_is_current else self._constant("old")
-
-    @cached_property
-    def reference(self) -> Tensor:
-        """Velocity of the reference policy, detached."""
-        return self._constant("reference")
-
-    @cached_property
-    def teacher(self) -> Tensor:
-        """Velocity of the teacher, detached."""
-        return self._constant("teacher")
-
-    def reference_at(self, rows: Rows) -> Tensor:
-        """Velocity of some of the M rows (int64 [R] on the CPU, or a slice of all), detached."""
-        if isinstance(rows, slice):
-            return self.reference
-        with torch.no_grad():
-            states = (at_rows(x, rows) for x in self._states)
-            velocity = self._velocity("reference", *states)
-        valid = at_rows(member_mask(self._units, velocity), rows)
-        return valid_rows(valid, velocity).detach()
-
-    @torch.no_grad()
-    def _constant(self, policy: Policy) -> Tensor:
-        return self._of(policy).detach()
-
-    def _of(self, policy: Policy) -> Tensor:
-        """Return velocities, 0 for absent members, because a NaN there would reach the gradient."""
-        velocity = self._velocity(policy, *self._states)
-        return valid_rows(member_mask(self._units, velocity), velocity)
 
 
 def masked_output(units: Units, loss: Tensor, metrics: Metrics) -> Output:

@@ -9,18 +9,11 @@ from torch import Tensor
 from mteditflow._checks import check_number
 from mteditflow.flow.trajectory import Steps
 from mteditflow.losses.distillation import distillation_loss
-from mteditflow.objectives.base import (
-    Card,
-    Objective,
-    Output,
-    Sampling,
-    Velocities,
-    Velocity,
-    masked_output,
-)
+from mteditflow.objectives.base import Card, Objective, Output, Sampling, Velocity, masked_output
 from mteditflow.objectives.keys import Key, round_key
 from mteditflow.objectives.samples import Samples, recorded_steps, valid_turns
 from mteditflow.objectives.units import Units, check_units, draw_units, member_mask, member_rows
+from mteditflow.objectives.velocities import Velocities
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,15 +14,7 @@ from mteditflow.flow.path import interpolate, shift_sigmas, velocity_target
 from mteditflow.flow.sampling import batched_noise
 from mteditflow.losses.nft import velocity_kl
 from mteditflow.losses.norm_guard import velocity_norm_hinge
-from mteditflow.objectives.base import (
-    Metrics,
-    Objective,
-    Output,
-    Sampling,
-    Velocities,
-    Velocity,
-    masked_output,
-)
+from mteditflow.objectives.base import Metrics, Objective, Output, Sampling, Velocity, masked_output
 from mteditflow.objectives.keys import Key, RoundKey, round_key
 from mteditflow.objectives.kl_share import check_kl_share, share_kl, weighted_kl
 from mteditflow.objectives.samples import Samples, turn_values
@@ -35,6 +27,7 @@ from mteditflow.objectives.units import (
     member_mean,
     member_rows,
 )
+from mteditflow.objectives.velocities import Velocities
 from mteditflow.old_policy import old_policy_decay
 
 DISTRIBUTIONS = ("uniform", "logit_normal", "grid")

@@ -20,15 +20,7 @@ from mteditflow.flow.path import interpolate, velocity_target
 from mteditflow.flow.sampling import batched_noise
 from mteditflow.flow.trajectory import Steps
 from mteditflow.losses.distillation import mt_opsd_loss
-from mteditflow.objectives.base import (
-    Card,
-    Objective,
-    Output,
-    Sampling,
-    Velocities,
-    Velocity,
-    masked_output,
-)
+from mteditflow.objectives.base import Card, Objective, Output, Sampling, Velocity, masked_output
 from mteditflow.objectives.keys import Key, RoundKey, round_key
 from mteditflow.objectives.samples import Samples, recorded_steps, starts_of, valid_turns
 from mteditflow.objectives.units import (
@@ -38,6 +30,7 @@ from mteditflow.objectives.units import (
     member_rows,
     training_rows,
 )
+from mteditflow.objectives.velocities import Velocities
 
 
 @dataclass(frozen=True, eq=False)

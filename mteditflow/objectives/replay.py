@@ -24,15 +24,7 @@ from mteditflow.flow.solvers import (
 )
 from mteditflow.flow.trajectory import Steps
 from mteditflow.losses.importance import truncated_importance_weight
-from mteditflow.objectives.base import (
-    Metrics,
-    Objective,
-    Output,
-    Sampling,
-    Velocities,
-    Velocity,
-    masked_output,
-)
+from mteditflow.objectives.base import Metrics, Objective, Output, Sampling, Velocity, masked_output
 from mteditflow.objectives.keys import Key, round_key
 from mteditflow.objectives.kl_share import check_kl_share, share_kl, weighted_kl
 from mteditflow.objectives.samples import (
@@ -52,6 +44,7 @@ from mteditflow.objectives.units import (
     member_mask,
     member_rows,
 )
+from mteditflow.objectives.velocities import Velocities
 
 RATIO_SCALE = 1e-4  # the usual clip range of mean-reduced log-probs
 SOLVERS: dict[str, Callable[[float], Solver]] = {"flow": FlowSDE, "dance": DanceSDE, "cps": CPS}

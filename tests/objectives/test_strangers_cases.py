@@ -1,6 +1,9 @@
 """Cases that a first user of the objectives broke: each was silent or a bare exception."""
 
+import inspect
 import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +14,15 @@ from mteditflow.objectives import (
     DPO,
     GRPO,
     NFT,
+    OBJECTIVES,
+    Buckets,
+    BucketVelocity,
     CleanSamples,
     Distillation,
+    ForwardObjective,
     Renoise,
     RoundKey,
+    Velocity,
     training_rows,
 )
 from mteditflow.training import Updater
@@ -137,6 +145,106 @@ def test_no_gradient_flows_into_the_samples(objective):
     output.loss.sum().backward()
     assert latents.grad is None
     assert weight.grad is not None
+
+
+def states_for(objective, dtype):
+    """States at which an objective calls a velocity, for samples of a dtype; all are finite."""
+    samples = replace(trajectory, latents=trajectory.latents.to(dtype))
+    own = advantage if objective.card.rewarded else None
+    (units,) = objective.units(samples, own, key=RoundKey(0, 0))
+    seen = []
+
+    def record(policy, x_t, sigma, at):
+        seen.append((x_t, sigma))
+        return velocity(policy, x_t.float(), sigma, at)
+
+    objective(record, samples, units)
+    return seen
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_states_are_float32_where_renoised_and_stored_where_replayed(name):
+    """As docs/loop.md and the docstring of ``Velocity`` state, which name every objective."""
+    kind = OBJECTIVES[name]
+    renoises = issubclass(kind, ForwardObjective)
+    for x_t, sigma in some(states_for(kind(), torch.bfloat16)):
+        assert x_t.dtype == (torch.float32 if renoises else torch.bfloat16)
+        assert bool(((sigma >= 0) & (sigma <= 1)).all())
+    page = (Path(__file__).parents[2] / "docs" / "loop.md").read_text()
+    for text in (page.replace("\n> ", "\n"), inspect.getdoc(Velocity.__call__)):
+        listed = re.search(
+            r"re-noise.*?\(([^)]*)\).*?\(([^)]*)\)", text[text.index("float32") :], re.S
+        )
+        assert kind.__name__ in listed[1 if renoises else 2]
+
+
+def output_of_diffusers(x):
+    from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+    return Transformer2DModelOutput(sample=x)
+
+
+def outputs_of_models():
+    """Wrong outputs at x_t [M, 6], and what the error says of them."""
+    shape = r"^velocity: expected a tensor of the shape of x_t, \[\d+, 6\], got "
+    other = r"^velocity: expected the shape of x_t, \[\d+, 6\], got "
+    return {
+        "tuple": (lambda x: (x,), TypeError, shape + r"tuple; return its tensor, \[0\]"),
+        "output": (
+            output_of_diffusers,
+            TypeError,
+            shape + r"Transformer.*; return its \.sample$",
+        ),
+        "none": (lambda x: None, TypeError, shape + "NoneType$"),
+        "array": (lambda x: x.detach().numpy(), TypeError, shape + "ndarray$"),
+        "integers": (lambda x: x.long(), TypeError, "^velocity: expected a floating-point tensor"),
+        "wider": (lambda x: x.repeat(1, 2), ValueError, other + r"\[\d+, 12\]$"),
+        "narrow": (lambda x: x[:, :1], ValueError, other + r"\[\d+, 1\]$"),
+        "row": (lambda x: x[:1], ValueError, other + r"\[1, 6\]$"),
+        "turns": (lambda x: x[:, None], ValueError, r"\[B, N, \.\.\.\] with an axis of turns"),
+    }
+
+
+WRONG = outputs_of_models()
+
+
+@pytest.mark.parametrize("policy", ["current", "old", "reference", "teacher"])
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_outputs_of_a_velocity_are_refused(case, policy):
+    objective = {
+        "current": GRPO(),
+        "old": NFT(),
+        "reference": NFT(kl_coef=0.1, kl_share=0.5),
+        "teacher": Distillation(),
+    }[policy]
+    wrong, error, message = WRONG[case]
+    own = advantage if objective.card.rewarded else None
+    (units,) = objective.units(trajectory, own, key=RoundKey(0, 0))
+
+    def one_is_wrong(requested, x_t, sigma, at):
+        right = velocity(requested, x_t, sigma, at)
+        return wrong(right) if requested == policy else right
+
+    with pytest.raises(error, match=message):
+        objective(one_is_wrong, trajectory, units)
+
+
+def test_tokens_of_references_that_were_not_cut_off_are_named():
+    samples = CleanSamples(torch.randn(4, 1, 5, 6), trajectory.group)
+    (units,) = NFT().units(samples, advantage, key=RoundKey(0, 0))
+    message = r"x_t, \[4, 5, 6\], got \[4, 10, 6\]; cut off the .* images, velocity\[:, :5\]$"
+    with pytest.raises(ValueError, match=message):
+        NFT()(lambda policy, x_t, sigma, at: torch.cat([x_t, x_t], dim=1), samples, units)
+
+
+def test_a_wrong_output_of_a_bucket_is_refused():
+    samples = Buckets([clean_samples(), clean_samples()])
+    right = lambda policy, x_t, sigma, at: x_t  # noqa: E731
+    both = BucketVelocity(samples, [right, lambda *given: (right(*given),)])
+    with pytest.raises(
+        TypeError, match=r"^velocity: expected a tensor of the shape of x_t.* tuple"
+    ):
+        both("current", torch.zeros(2, 8), torch.zeros(2), torch.tensor([[1, 0], [5, 0]]))
 
 
 def test_wrong_types_of_renoise_are_refused():
