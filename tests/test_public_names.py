@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         "refusing",
     },
     "mteditflow._checks": {"check_count"},
+    "mteditflow._spelling": {"perhaps"},
     "mteditflow._text": {"escape_controls", "escape_markup", "parse_json"},
     # The end of a program whose scorer blocks.
     "mteditflow.rewards.transport.concurrency": {"ending_past_calls"},
