@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mteditflow_examples.flux.config import Config
     from mteditflow_examples.flux.inputs import Inputs
 
+LARGEST = 10**6  # tokens
 USAGE = """\
 mteditflow dry-run PRESET|FILE.toml [--memory GIB] [--gpus N]
                           [objective:NAME] [--SECTION.FIELD VALUE ...]"""
@@ -165,6 +166,9 @@ def _instructions(config: Config, inputs: Inputs) -> Iterator[str]:
             continue
         # The last tokenizer feeds the encoder of the option; CLIP's have a fixed length, 77.
         limit = longest_input if part == tokenizers[-1] else encode.model_max_length
+        if limit > LARGEST:  # transformers' number for a tokenizer without a limit
+            counts.append(f"not counted by {part}, which has no limit")
+            continue
         lengths = {text: len(encode(text).input_ids) for text in texts}
         longest = max(lengths, key=lengths.__getitem__)
         counts.append(f"of at most {lengths[longest]} tokens of {limit} ({part})")

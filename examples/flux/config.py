@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union
+from typing import Annotated, Any, Literal, Union
 
 import tyro
 from pydantic import ConfigDict, Field
@@ -26,7 +26,6 @@ RESUME = ("auto", "best", "never")
 IDENTITY = "identity"  # reward of identity turns, computed from pixels; no scorer sees them
 CONSECUTIVE = "consecutive"  # consistency with the previous turn, in addition to the reference
 SERVED = ("following", "consistency", CONSECUTIVE, IDENTITY)  # rewards without a custom scorer
-_Kind = TypeVar("_Kind")
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 Count = Annotated[int, Field(ge=1)]

@@ -110,7 +110,7 @@ def test_the_card_has_what_the_run_has_measured(run, tmp_path):
 
 
 def test_the_command_on_the_card_gives_the_numbers_on_the_card(run, world, tmp_path):
-    """Of the trainer's own evaluation: same noise of each chain at each turn, same call."""
+    """The noise of each chain at each turn and the call are those of the trainer's evaluation."""
     assert call(export.app, [run, "--output", tmp_path / "edits.safetensors"]).code == 0
     card = (tmp_path / "README.md").read_text()
     command = card.partition("```bash\n")[2].partition("```")[0].replace("\\\n", " ")
